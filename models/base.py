@@ -1,0 +1,82 @@
+"""What a model family supplies.  Everything else (stages, randomness, checkpoints, exports) is the same for all of them."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from utils.checkpoints.export import LoraFormat
+from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.weights import WeightSource
+from utils.config.schema import ModelOptions
+from utils.data.encoders import ConditionEncoder
+from utils.data.values import Batch, MicroBatch, SizeRules
+from utils.diffusion.losses import mean_squared_error
+from utils.draw import Draw
+from utils.pipeline.layer import PipelineLayer, Stream
+
+Layout = Literal["diffusers", "released", "comfy"]
+
+
+class ModelFamily(ABC):
+    """A family of released models that share an architecture."""
+
+    Options: ClassVar[type[ModelOptions]] = ModelOptions
+    """The ``[model]`` table; a family adds keys by subclassing."""
+    variants: ClassVar[tuple[str, ...]]
+    """Names that ``python -m models.tiny`` knows, each a shape of model that has its own code path."""
+    adapter_targets: ClassVar[str]
+    """Regular expression for the whole diffusers name of the modules that get an adapter by default."""
+    lora_format: ClassVar[LoraFormat]
+    """How a LoRA file is named so that ComfyUI and diffusers both read it whole."""
+
+    size_rules: SizeRules
+    variant: str
+
+    @abstractmethod
+    def __init__(self, options: ModelOptions):
+        """Find the files and read their headers and configs, no weights.
+
+        Raises UserError with everything that is wrong: a missing file, weights of another family, a part that does not fit.
+        """
+
+    @abstractmethod
+    def encoders(self) -> list[ConditionEncoder]:
+        """The frozen networks whose outputs are cached, unloaded."""
+
+    @abstractmethod
+    def build_transformer(self) -> nn.Module:
+        """The diffusers model with its true names, on the current default device (the caller sets ``meta``), in training's dtype."""
+
+    @abstractmethod
+    def weights(self) -> WeightSource:
+        """The transformer's weights by diffusers name, read lazily from whatever layout the files have."""
+
+    @abstractmethod
+    def layers(self, transformer: nn.Module) -> list[PipelineLayer]:
+        """The transformer's forward as a list of layers that own its parts, each part in exactly one layer."""
+
+    @abstractmethod
+    def prepare_inputs(self, batch: Batch, draw: Draw) -> MicroBatch:
+        """Noise, timesteps and conditions: the first layer's stream and the loss's target, on the CPU.
+
+        A pure function of its arguments, run on the first and on the last stage.
+        """
+
+    @abstractmethod
+    def key_map(self) -> KeyMap:
+        """Diffusers names to the released layout and back."""
+
+    def loss(self, output: Stream, target: dict[str, Tensor]) -> Tensor:
+        """Scalar fp32 loss of one micro-batch.  The last layer's stream holds ``prediction``; ``target`` holds ``velocity``."""
+        return mean_squared_error(output["prediction"], target["velocity"])
+
+    @abstractmethod
+    def export_metadata(self) -> dict[str, str]:
+        """ModelSpec's ``modelspec.architecture`` and what else other programs read to know the base model.  No paths."""
+
+    @classmethod
+    @abstractmethod
+    def write_tiny(cls, variant: str, folder: Path, layout: Layout, seed: int, scale: int = 1) -> None:
+        """A small random model in the true layout, with tokenizer, encoders and VAE.  ``scale`` multiplies widths and depths."""

@@ -1,0 +1,1 @@
+"""What several families share: text encoders, latent encoders, token packing."""

@@ -1,0 +1,1 @@
+"""TOML files to frozen, typed values; every problem reported at once."""

@@ -1,0 +1,242 @@
+"""The settings of a run, one frozen pydantic model per TOML table.
+
+A key is documented by the text under it; ``configs/README.md`` repeats them and a test holds the two together.  Key names and
+meanings are those of diffusion-pipe's TOML files where it has the idea.  A family's own ``[model]`` keys are in the family's
+``Options``, a subclass of :class:`ModelOptions`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+# TOML has lists and strings only: these two are read from them although the tables are strict about types.
+FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
+Pair = Annotated[tuple[float, float], Strict(False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys are errors, types are not coerced, values cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelOptions(Table):
+    """``[model]``: what every family understands.  Families add their own keys in a subclass."""
+
+    type: str
+    """The family: the name of a folder under `models/` (`wan`)."""
+    path: FilePath | None = None
+    """The model's folder: a diffusers folder, the original release, or a folder of ComfyUI files. The layout is found out."""
+    transformer_path: FilePath | None = None
+    """The transformer alone: a `.safetensors` file (any layout) or a folder. Overrides what `path` holds."""
+    vae_path: FilePath | None = None
+    """The VAE alone: `.safetensors`, `.pth` or a folder."""
+    text_encoder_path: FilePath | None = None
+    """The text encoder alone: `.safetensors`, `.pth` or a folder."""
+    image_encoder_path: FilePath | None = None
+    """The image encoder (CLIP vision) alone: `.safetensors`, `.pth` or a folder."""
+    tokenizer_path: FilePath | None = None
+    """A tokenizer folder, for files that carry no tokenizer."""
+    dtype: DtypeName = "bfloat16"
+    """The dtype of computing, and of the encoders."""
+    transformer_dtype: DtypeName | None = None
+    """The dtype in which the transformer's weights are held. Default: `dtype`."""
+    timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How timesteps are drawn before the shift."""
+    sigmoid_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Scale of the normal before the sigmoid of `logit_normal`."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Constant timestep shift s: t' = s t / (1 + (s - 1) t). Default: the family's."""
+    min_t: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Lower end of the timesteps that are trained. The distribution is cut there, not squeezed."""
+    max_t: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Upper end of the timesteps that are trained."""
+
+
+class AdapterConfig(Table):
+    """``[adapter]``: train a small adapter. Without this table the whole transformer is trained."""
+
+    type: Literal["lora"] = "lora"
+    """The kind of adapter."""
+    rank: PositiveInt
+    """Rank of the adapter's matrices."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapter is scaled by alpha / rank. Default: `rank`, a scale of 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    dtype: DtypeName = "float32"
+    """The dtype of the adapter's weights."""
+    target_modules: str | list[str] | None = None
+    """Modules that get an adapter, by diffusers name: a regular expression for the whole name, or a list of name endings. Default: the family's."""
+    exclude_modules: str | list[str] | None = None
+    """Modules that are left out although `target_modules` matches, in the same form."""
+
+
+class OptimizerConfig(Table):
+    """``[optimizer]``.  Other keys than these are handed to the optimizer, and checked against what it takes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    """Name in the table of optimizers (`adamw`, `sgd`, `adafactor`, `muon`, …) or a class of pytorch_optimizer."""
+    lr: Annotated[float, Field(ge=0)]
+    """Learning rate after the warm-up."""
+    betas: Pair | None = None
+    """Decay rates of the running averages. Default: the optimizer's."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay. Default: the optimizer's."""
+    eps: Annotated[float, Field(ge=0)] | None = None
+    """The optimizer's epsilon. Default: the optimizer's."""
+    master_weights: bool = True
+    """Keep an fp32 copy of trained bf16 or fp16 weights, so that small updates are not lost. Costs 4 bytes a weight."""
+
+
+class WandbConfig(Table):
+    """``[wandb]``: send the metrics to Weights & Biases as well."""
+
+    project: str = "flowstage"
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team that owns the project."""
+    name: str | None = None
+    """Name of the run there. Default: `run_name`."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes to the run's folder, for `wandb sync` later."""
+
+
+class EvalDataset(Table):
+    """One entry of ``eval_datasets``."""
+
+    name: str
+    """Name under which the loss is reported."""
+    config: FilePath
+    """Dataset file with the held-out data."""
+
+
+class RunConfig(Table):
+    """The main file."""
+
+    output_dir: FilePath
+    """Folder in which each run gets its own folder."""
+    dataset: FilePath
+    """The dataset file."""
+    run_name: str | None = None
+    """Name of the run's folder in `output_dir`. Default: the time of the start. Needed for `resume`."""
+    seed: int = 0
+    """Seed of every random choice: order, noise, timesteps, dropout, the adapter's first weights."""
+    resume: Literal["never", "latest", "latest-or-new"] = "never"
+    """`never`: start anew; `latest`: continue from the newest whole checkpoint of the run; `latest-or-new`: the same if there is one."""
+    cache_dir: FilePath | None = None
+    """Folder of the encoded data, shared by runs. Default: `output_dir/cache`."""
+
+    epochs: PositiveInt | None = None
+    """Stop after so many passes over the data."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps. With `epochs` too, whichever comes first."""
+    micro_batch_size_per_gpu: PositiveInt = 1
+    """Samples that travel through the pipeline together."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step and replica. With stages, at least twice their number keeps them busy."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient. 0: no clipping."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from near 0."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, to 0 at the last step for `linear` and `cosine`."""
+
+    pipeline_stages: PositiveInt = 1
+    """GPUs that one copy of the model is divided over. The number of processes must be a multiple of it."""
+    partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
+    """How layers are divided over the stages: by weights (frozen ones too), by number of layers, or by `partition_split`."""
+    partition_split: list[int] | None = None
+    """For `manual`: the first layer of each stage after the first, as `--check` numbers them."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: much less memory, about a third more time."""
+    num_loader_threads: PositiveInt = 2
+    """Threads that read cached samples ahead of training."""
+
+    save_every_n_steps: PositiveInt | None = None
+    """Export the trained weights every so many steps. The end of the run always exports."""
+    save_every_n_epochs: PositiveInt | None = None
+    """Export the trained weights every so many epochs."""
+    save_dtype: DtypeName | None = None
+    """The dtype of exported weights. Default: `[adapter] dtype`, or the transformer's for full fine-tuning."""
+    checkpoint_every_n_steps: PositiveInt | None = None
+    """Write a checkpoint, from which a run can be resumed, every so many steps. The end of the run always writes one."""
+    checkpoint_every_n_epochs: PositiveInt | None = None
+    """Write a checkpoint every so many epochs."""
+    checkpoint_every_n_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Write a checkpoint every so many minutes."""
+
+    eval_datasets: list[EvalDataset] = []
+    """Held-out datasets; their loss is measured with fixed noise at fixed timesteps."""
+    eval_every_n_steps: PositiveInt | None = None
+    """Evaluate every so many steps."""
+    eval_every_n_epochs: PositiveInt | None = None
+    """Evaluate every so many epochs."""
+    eval_before_first_step: bool = True
+    """Evaluate before training too, if there are eval datasets."""
+    eval_timesteps: list[Annotated[float, Field(gt=0, lt=1)]] = [0.1, 0.3, 0.5, 0.7, 0.9]
+    """Quantiles of the timestep distribution at which the held-out loss is measured."""
+
+    model: ModelOptions
+    """The model."""
+    adapter: AdapterConfig | None = None
+    """The adapter; absent for full fine-tuning."""
+    optimizer: OptimizerConfig
+    """The optimizer."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases; absent: not used."""
+
+
+class DirectoryConfig(Table):
+    """``[[directory]]``: a folder of pictures and clips.  Keys of the dataset file may be repeated here to override it."""
+
+    path: FilePath
+    """The folder. Captions stand beside the files, in `.txt` files of the same name."""
+    num_repeats: PositiveInt | None = None
+    """How often an epoch shows each item. Default: the dataset file's."""
+    resolutions: list[int | list[int]] | None = None
+    """Overrides the dataset file's."""
+    frame_buckets: list[int] | None = None
+    """Overrides the dataset file's."""
+    size_buckets: list[list[int]] | None = None
+    """Overrides the dataset file's."""
+    enable_ar_bucket: bool | None = None
+    """Overrides the dataset file's."""
+    caption_prefix: str | None = None
+    """Overrides the dataset file's."""
+
+
+class DatasetConfig(Table):
+    """The dataset file."""
+
+    resolutions: list[int | list[int]] = []
+    """Sizes to train at: a number is the side of a square of equal area (`512`), a pair is `[width, height]`."""
+    enable_ar_bucket: bool = False
+    """Sort by aspect ratio into buckets of about the area of each resolution, instead of cropping all to its shape."""
+    min_ar: Annotated[float, Field(gt=0)] = 0.5
+    """Narrowest aspect ratio (width / height) of the buckets."""
+    max_ar: Annotated[float, Field(gt=0)] = 2.0
+    """Widest aspect ratio of the buckets."""
+    num_ar_buckets: PositiveInt = 7
+    """Number of aspect ratios, evenly spaced in their logarithm."""
+    ar_buckets: list[float | list[int]] | None = None
+    """The aspect ratios themselves, or `[width, height]` pairs, instead of the three keys above."""
+    frame_buckets: list[int] = [1]
+    """Numbers of frames to train at. A clip goes into the largest bucket that it fills; 1 is for pictures."""
+    size_buckets: list[list[int]] | None = None
+    """Buckets as `[width, height, frames]`, instead of all of the above."""
+    video_clip_mode: Literal["single_beginning", "single_middle"] = "single_beginning"
+    """Which part of a clip longer than its bucket is used."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames per second that clips are resampled to. Default: the family's."""
+    num_repeats: PositiveInt = 1
+    """How often an epoch shows each item."""
+    caption_prefix: str = ""
+    """Text put before every caption."""
+    directory: list[DirectoryConfig]
+    """The folders."""

@@ -1,0 +1,42 @@
+"""What a frozen network must offer so that its output can be cached.  The cache does not know which one is a VAE."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncodeItem:
+    """One thing to encode: ``pixels`` fp32 [3, frames, height, width] in [-1, 1] for encoders that look, ``caption`` for those that read."""
+
+    key: str
+    caption: str | None = None
+    pixels: Tensor | None = None
+
+
+class ConditionEncoder(ABC):
+    """A frozen network whose output is computed once and cached: a VAE, a text encoder, an image encoder."""
+
+    name: ClassVar[str]
+    """Folder name in the cache (``vae``, ``text``, ``clip``)."""
+    reads: ClassVar[Literal["pixels", "caption"]]
+    """What of a sample goes in, and so what its cache key is made of."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Text that changes whenever the output for the same input may change: weights' identity, settings, a version of the code."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> None:
+        """Bring the network to the device.  Called on each rank that has something to encode."""
+
+    @abstractmethod
+    def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        """Named CPU tensors for each item, without a batch dimension.  All pixels in one call have the same shape."""
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Give the memory back."""
