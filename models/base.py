@@ -47,7 +47,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def build_transformer(self) -> nn.Module:
-        """The diffusers model with its true names, on the current default device (the caller sets ``meta``), in training's dtype."""
+        """The diffusers model with its true names, in training's dtype, on the default device (the caller sets ``meta``)."""
 
     @abstractmethod
     def weights(self) -> WeightSource:

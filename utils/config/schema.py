@@ -3,24 +3,84 @@
 A key is documented by the text under it; ``configs/README.md`` repeats them and a test holds the two together.  Key names and
 meanings are those of diffusion-pipe's TOML files where it has the idea.  A family's own ``[model]`` keys are in the family's
 ``Options``, a subclass of :class:`ModelOptions`.
+
+Impossible combinations are refused by validators of single fields that look at the fields above them, not of whole tables: so
+they are reported together with every other problem, at the line of the key.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_whole, value))
+
+
+def _resolution(value: Any) -> Any:
+    if not _whole(value) and not _pair(value):
+        raise ValueError("a resolution is the side of a square like 512, or a pair [width, height], in whole pixels above 0")
+    return value
+
+
+def _aspect_ratio(value: Any) -> Any:
+    if not (type(value) in (int, float) and value > 0) and not _pair(value):
+        raise ValueError("an aspect ratio is width / height, a number above 0, or a pair [width, height]")
+    return value
+
+
+def _size_bucket(value: Any) -> Any:
+    if not (isinstance(value, list) and len(value) == 3 and all(map(_whole, value))):
+        raise ValueError("each size bucket is [width, height, frames], three whole numbers above 0")
+    return value
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip(".") or any(sign in value for sign in "/\\"):
+        raise ValueError("it becomes the name of a folder or file, so it may not be empty or hold a slash")
+    return value
+
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 # TOML has lists and strings only: these two are read from them although the tables are strict about types.
-FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
+FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value).expanduser() if isinstance(value, str) else value)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Name = Annotated[str, AfterValidator(_folder_name)]
+# The text is what `describe.allowed` says of them.
+Resolution = Annotated[int | list[int], BeforeValidator(_resolution), "sides and [width, height] pairs"]
+AspectRatio = Annotated[float | list[int], BeforeValidator(_aspect_ratio), "ratios and [width, height] pairs"]
+SizeBucket = Annotated[list[int], BeforeValidator(_size_bucket), "[width, height, frames]"]
+FrameBuckets = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
 class Table(BaseModel):
     """A TOML table: unknown keys are errors, types are not coerced, values cannot be changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        validate_default=True,  # the validators of combinations speak up for keys that were not given, too
+        allow_inf_nan=False,  # TOML knows inf and nan; no setting means anything with them
+    )
 
 
 class ModelOptions(Table):
@@ -55,6 +115,13 @@ class ModelOptions(Table):
     max_t: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Upper end of the timesteps that are trained."""
 
+    @field_validator("max_t")
+    @classmethod
+    def _range_is_not_empty(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("min_t", -1.0):
+            raise ValueError(f"it must be above min_t = {info.data['min_t']}")
+        return value
+
 
 class AdapterConfig(Table):
     """``[adapter]``: train a small adapter. Without this table the whole transformer is trained."""
@@ -70,7 +137,8 @@ class AdapterConfig(Table):
     dtype: DtypeName = "float32"
     """The dtype of the adapter's weights."""
     target_modules: str | list[str] | None = None
-    """Modules that get an adapter, by diffusers name: a regular expression for the whole name, or a list of name endings. Default: the family's."""
+    """Modules that get an adapter, by diffusers name: a regular expression for the whole name, or a list of name endings.
+    Default: the family's."""
     exclude_modules: str | list[str] | None = None
     """Modules that are left out although `target_modules` matches, in the same form."""
 
@@ -110,7 +178,7 @@ class WandbConfig(Table):
 class EvalDataset(Table):
     """One entry of ``eval_datasets``."""
 
-    name: str
+    name: Name
     """Name under which the loss is reported."""
     config: FilePath
     """Dataset file with the held-out data."""
@@ -123,12 +191,12 @@ class RunConfig(Table):
     """Folder in which each run gets its own folder."""
     dataset: FilePath
     """The dataset file."""
-    run_name: str | None = None
+    run_name: Name | None = None
     """Name of the run's folder in `output_dir`. Default: the time of the start. Needed for `resume`."""
     seed: int = 0
     """Seed of every random choice: order, noise, timesteps, dropout, the adapter's first weights."""
     resume: Literal["never", "latest", "latest-or-new"] = "never"
-    """`never`: start anew; `latest`: continue from the newest whole checkpoint of the run; `latest-or-new`: the same if there is one."""
+    """`never`: start anew; `latest`: continue from the run's newest whole checkpoint; `latest-or-new`: the same if there is one."""
     cache_dir: FilePath | None = None
     """Folder of the encoded data, shared by runs. Default: `output_dir/cache`."""
 
@@ -182,7 +250,7 @@ class RunConfig(Table):
     eval_timesteps: list[Annotated[float, Field(gt=0, lt=1)]] = [0.1, 0.3, 0.5, 0.7, 0.9]
     """Quantiles of the timestep distribution at which the held-out loss is measured."""
 
-    model: ModelOptions
+    model: SerializeAsAny[ModelOptions]
     """The model."""
     adapter: AdapterConfig | None = None
     """The adapter; absent for full fine-tuning."""
@@ -190,6 +258,46 @@ class RunConfig(Table):
     """The optimizer."""
     wandb: WandbConfig | None = None
     """Weights & Biases; absent: not used."""
+
+    @field_validator("resume")
+    @classmethod
+    def _names_the_run(cls, value: str, info: ValidationInfo) -> str:
+        if value != "never" and info.data.get("run_name", "") is None:
+            raise ValueError("it needs run_name, or it is not known which run to continue")
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _has_an_end(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("epochs", 0) is None:
+            raise ValueError("give epochs or max_steps, or the run has no end")
+        return value
+
+    @field_validator("partition_split")
+    @classmethod
+    def _splits_into_stages(cls, value: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        if "partition_method" not in info.data or "pipeline_stages" not in info.data:
+            return value
+        method, stages = info.data["partition_method"], info.data["pipeline_stages"]
+        if method != "manual":
+            if value is not None:
+                raise ValueError(f'it is only read with partition_method = "manual", which is {method!r}; remove one of them')
+        elif value is None or len(value) != stages - 1:
+            raise ValueError(
+                f'partition_method = "manual" needs pipeline_stages - 1 = {stages - 1} numbers here, '
+                "the first layer of each stage after the first"
+            )
+        elif value != sorted(set(value)) or min(value, default=1) < 1:
+            raise ValueError("the numbers must rise and begin at 1 or above, so that every stage has a layer")
+        return value
+
+    @field_validator("eval_datasets")
+    @classmethod
+    def _names_differ(cls, value: list[EvalDataset]) -> list[EvalDataset]:
+        names = [entry.name for entry in value]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"every entry needs a name of its own; given more than once: {', '.join(repeated)}")
+        return value
 
 
 class DirectoryConfig(Table):
@@ -199,11 +307,11 @@ class DirectoryConfig(Table):
     """The folder. Captions stand beside the files, in `.txt` files of the same name."""
     num_repeats: PositiveInt | None = None
     """How often an epoch shows each item. Default: the dataset file's."""
-    resolutions: list[int | list[int]] | None = None
+    resolutions: list[Resolution] | None = None
     """Overrides the dataset file's."""
-    frame_buckets: list[int] | None = None
+    frame_buckets: FrameBuckets | None = None
     """Overrides the dataset file's."""
-    size_buckets: list[list[int]] | None = None
+    size_buckets: list[SizeBucket] | None = None
     """Overrides the dataset file's."""
     enable_ar_bucket: bool | None = None
     """Overrides the dataset file's."""
@@ -214,7 +322,7 @@ class DirectoryConfig(Table):
 class DatasetConfig(Table):
     """The dataset file."""
 
-    resolutions: list[int | list[int]] = []
+    resolutions: list[Resolution] = []
     """Sizes to train at: a number is the side of a square of equal area (`512`), a pair is `[width, height]`."""
     enable_ar_bucket: bool = False
     """Sort by aspect ratio into buckets of about the area of each resolution, instead of cropping all to its shape."""
@@ -224,11 +332,11 @@ class DatasetConfig(Table):
     """Widest aspect ratio of the buckets."""
     num_ar_buckets: PositiveInt = 7
     """Number of aspect ratios, evenly spaced in their logarithm."""
-    ar_buckets: list[float | list[int]] | None = None
+    ar_buckets: list[AspectRatio] | None = None
     """The aspect ratios themselves, or `[width, height]` pairs, instead of the three keys above."""
-    frame_buckets: list[int] = [1]
+    frame_buckets: FrameBuckets = [1]
     """Numbers of frames to train at. A clip goes into the largest bucket that it fills; 1 is for pictures."""
-    size_buckets: list[list[int]] | None = None
+    size_buckets: list[SizeBucket] | None = None
     """Buckets as `[width, height, frames]`, instead of all of the above."""
     video_clip_mode: Literal["single_beginning", "single_middle"] = "single_beginning"
     """Which part of a clip longer than its bucket is used."""
@@ -238,5 +346,23 @@ class DatasetConfig(Table):
     """How often an epoch shows each item."""
     caption_prefix: str = ""
     """Text put before every caption."""
-    directory: list[DirectoryConfig]
-    """The folders."""
+    directory: Annotated[list[DirectoryConfig], Field(min_length=1)]
+    """The folders, at least one."""
+
+    @field_validator("max_ar")
+    @classmethod
+    def _aspect_ratios_are_in_order(cls, value: float, info: ValidationInfo) -> float:
+        if value < info.data.get("min_ar", 0.0):
+            raise ValueError(f"it must not be below min_ar = {info.data['min_ar']}")
+        return value
+
+    @field_validator("directory")
+    @classmethod
+    def _sizes_are_known(cls, value: list[DirectoryConfig], info: ValidationInfo) -> list[DirectoryConfig]:
+        if not {"resolutions", "size_buckets"} <= info.data.keys() or info.data["resolutions"] or info.data["size_buckets"]:
+            return value
+        if bare := [str(entry.path) for entry in value if not (entry.resolutions or entry.size_buckets)]:
+            raise ValueError(
+                f"give resolutions (or size_buckets) for the whole file or for each directory; there are none for: {', '.join(bare)}"
+            )
+        return value

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EncodeItem:
-    """One thing to encode: ``pixels`` fp32 [3, frames, height, width] in [-1, 1] for encoders that look, ``caption`` for those that read."""
+    """One thing to encode.
+
+    ``pixels``, fp32 [3, frames, height, width] in [-1, 1], for encoders that look; ``caption`` for those that read.
+    """
 
     key: str
     caption: str | None = None
@@ -27,7 +30,7 @@ class ConditionEncoder(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Text that changes whenever the output for the same input may change: weights' identity, settings, a version of the code."""
+        """Text that changes whenever the output for the same input may: weights' identity, settings, a version of the code."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:

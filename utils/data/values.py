@@ -35,7 +35,7 @@ class Sample:
     """One picture or clip with its caption, as it will be seen by the model."""
 
     key: str
-    """Stable name within the data set: ``<directory's name>/<path in it>``.  Random draws hang on it."""
+    """Stable name within the data set: ``<directory's name>/<file>@<bucket>``.  Random draws hang on it."""
     path: Path
     content: str
     """Hash of the file's bytes."""

@@ -1,0 +1,151 @@
+"""Wan's frozen networks as encoders whose outputs are cached.
+
+All run in the config's ``dtype`` as plain modules of that dtype, never under autocast: fp32 is exact, bf16 is what the text encoder
+is released in and what inference programs use.  In fp16 the last projection of each of UMT5's blocks stays in fp32, where
+transformers keeps it too, because its output overflows.
+
+Items are encoded one after the other, so that what is cached does not depend on what else was in the call.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from models.common.latent_encoders import ChannelScale, FrozenEncoder, LatentEncoder
+from models.common.text_encoders import Tokenize, TokenizerFile, clean_caption
+from models.wan.files import WanFiles
+from models.wan.networks import OpenedNetwork, open_network
+from utils.data.encoders import ConditionEncoder, EncodeItem
+from utils.errors import UserError
+
+MAX_TOKENS = 512
+
+
+def wan_encoders(files: WanFiles, dtype: torch.dtype, takes_image: bool) -> list[ConditionEncoder]:
+    """The encoders of a variant, unloaded.  ``takes_image``: image to video."""
+    encoders: list[ConditionEncoder] = [
+        WanVaeEncoder(open_network("vae", files.vae), dtype, with_condition=takes_image),
+        WanTextEncoder(open_network("text_encoder", files.text_encoder), files.tokenizer, dtype),
+    ]
+    if takes_image:
+        assert files.image_encoder is not None
+        processor = json.loads(files.image_processor.read_text()) if files.image_processor else {}
+        encoders.append(WanImageEncoder(open_network("image_encoder", files.image_encoder), processor, dtype))
+    return encoders
+
+
+class WanVaeEncoder(LatentEncoder):
+    """Pixels to ``latents`` [16, f, h, w], fp32, normalised; for image to video also ``condition`` of the same shape.
+
+    F = 4 k + 1 frames give f = k + 1; height and width are divided by 8.  The latents are the mode of the VAE's distribution.  The
+    condition is the encoding of a clip whose first frame is the real one and whose others are grey (0 in [-1, 1]).
+    """
+
+    name = "vae"
+    reads = "pixels"
+
+    def __init__(self, opened: OpenedNetwork, dtype: torch.dtype, with_condition: bool):
+        super().__init__(opened.source, opened.on_meta, dtype)
+        self.with_condition = with_condition
+        self.config = dict(opened.on_meta().config)
+        self.scale = ChannelScale(self.config["latents_mean"], self.config["latents_std"])
+
+    def settings(self) -> dict[str, Any]:
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return {"config": config, "with_condition": self.with_condition}
+
+    @torch.no_grad()
+    def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        return [self._encode_item(item.pixels) for item in items]
+
+    def _encode_item(self, pixels: Tensor) -> dict[str, Tensor]:
+        assert (pixels.shape[1] - 1) % 4 == 0, f"{pixels.shape[1]} frames are not 4 k + 1"
+        fields = {"latents": self._latents(pixels)}
+        if self.with_condition:
+            first_frame = torch.zeros_like(pixels)
+            first_frame[:, 0] = pixels[:, 0]
+            fields["condition"] = self._latents(first_frame)
+        return fields
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        latents = self.network.encode(pixels[None].to(self.device, self.dtype)).latent_dist.mode()[0]
+        return self.scale.normalise(latents).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        restored = self.scale.restore(latents.to(self.device))
+        return self.network.decode(restored[None].to(self.dtype)).sample[0].float().cpu()
+
+
+class WanTextEncoder(FrozenEncoder):
+    """Caption to ``text`` [L, 4096]: UMT5's last hidden state of its L <= 512 tokens, the end token among them.
+
+    Not padded: the model wants zeros after the prompt, not encoded padding, and ``prepare_inputs`` puts them there.
+    """
+
+    name = "text"
+    reads = "caption"
+
+    def __init__(self, opened: OpenedNetwork, tokenizer: TokenizerFile, dtype: torch.dtype):
+        super().__init__(opened.source, opened.on_meta, dtype, keep_fp32=("wo",) if dtype is torch.float16 else ())
+        self.config, self.tokenizer = opened.config, tokenizer
+        self._tokenize: Tokenize | None = None
+
+    def settings(self) -> dict[str, Any]:
+        tokenizer = hashlib.blake2b(self.tokenizer.read(), digest_size=16).hexdigest()
+        return {"config": self.config, "tokenizer": tokenizer, "max_tokens": MAX_TOKENS}
+
+    def load(self, device: torch.device) -> None:
+        self._tokenize = self.tokenizer.load(MAX_TOKENS)
+        if self._tokenize.vocabulary > self.config["vocab_size"]:
+            raise UserError(
+                f"{self.tokenizer.path} has {self._tokenize.vocabulary} tokens, the text encoder knows "
+                f"{self.config['vocab_size']}: they do not belong together; name the tokenizer's folder with model.tokenizer_path"
+            )
+        super().load(device)
+
+    def unload(self) -> None:
+        self._tokenize = None
+        super().unload()
+
+    @torch.no_grad()
+    def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        return [{"text": self._states(item.caption)} for item in items]
+
+    def _states(self, caption: str) -> Tensor:
+        ids = torch.tensor([self._tokenize(clean_caption(caption))], device=self.device)
+        return self.network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].cpu()
+
+
+class WanImageEncoder(FrozenEncoder):
+    """The first frame to ``clip`` [257, 1280]: the last but one hidden state of CLIP's vision tower, class token first.
+
+    The picture is prepared as diffusers' WanImageToVideoPipeline does it, with the model's image processor or CLIP's usual one:
+    shorter side to 224 (bicubic), centre, CLIP's mean and deviation.
+    """
+
+    name = "clip"
+    reads = "pixels"
+
+    def __init__(self, opened: OpenedNetwork, processor: dict[str, Any], dtype: torch.dtype):
+        super().__init__(opened.source, opened.on_meta, dtype)
+        self.config = opened.config
+        self.processor = CLIPImageProcessorPil.from_dict(processor)
+
+    def settings(self) -> dict[str, Any]:
+        return {"config": self.config, "processor": json.loads(self.processor.to_json_string())}
+
+    @torch.no_grad()
+    def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        return [{"clip": self._states(item.pixels[:, 0])} for item in items]
+
+    def _states(self, frame: Tensor) -> Tensor:
+        levels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        picture = Image.fromarray(levels.permute(1, 2, 0).numpy())
+        pixels = self.processor(images=picture, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
+        return self.network(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][0].cpu()

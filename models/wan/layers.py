@@ -1,0 +1,123 @@
+"""Wan's forward as pipeline layers over diffusers' blocks.
+
+The stream, with B the micro-batch, D the inner width, L the video tokens and F, H, W the latent's size:
+
+| name | shape | between |
+| --- | --- | --- |
+| x | [B, C_in, F, H, W] | input to embed: noisy latents, for image to video with mask and condition channels |
+| t | [B] fp32 | input to embed: 1000 times the timestep |
+| text | [B, 512, text_dim] | input to embed: encoder states, zero-padded |
+| clip | [B, 257, 1280] | input to embed, image to video: image encoder states |
+| hidden | [B, L, D] | embed to head |
+| context | [B, 512 (+ 257), D] | embed to last block: image tokens first, then text |
+| modulation | [B, 6, D] | embed to last block |
+| time | [B, D] | embed to head |
+| grid | [3] int64 | embed to head: F, H, W in patches |
+| prediction | [B, C_out, F, H, W] | output of head |
+"""
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformer3DModel
+from torch import Tensor
+
+from utils.pipeline.layer import PipelineLayer, Stream
+
+
+class RotaryTable:
+    """Rotary position embeddings by grid, computed once per grid and device.  Owns no weights and is no module of a layer.
+
+    The model's own is on the meta device when the layers are made, so it is made anew from the config.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel):
+        config = transformer.config
+        self._arguments = (config.attention_head_dim, (1, 1, 1), config.rope_max_seq_len)
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._embedding: WanRotaryPosEmbed | None = None
+
+    def at(self, grid: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [1, L, 1, head_dim] fp32."""
+        key = (*grid.tolist(), device)
+        if key not in self._tables:
+            if self._embedding is None:
+                with torch.device("cpu"):
+                    self._embedding = WanRotaryPosEmbed(*self._arguments)
+            # Only the shape of the argument is read.
+            shape_only = torch.empty((), device="cpu").expand(1, 1, *grid.tolist())
+            self._tables[key] = tuple(table.to(device) for table in self._embedding(shape_only))
+        return self._tables[key]
+
+
+class EmbedLayer(PipelineLayer):
+    """Patches, time, text and image to the stream that the blocks read."""
+
+    def __init__(self, transformer: WanTransformer3DModel):
+        super().__init__()
+        self.patch_embedding = transformer.patch_embedding
+        self.condition_embedder = transformer.condition_embedder
+        self.patch_size = transformer.config.patch_size
+
+    def run(self, stream: Stream) -> Stream:
+        x = stream["x"]
+        weight_dtype = self.condition_embedder.text_embedder.linear_1.weight.dtype
+        # As at inference, without autocast: the time's sinusoid and its embedder stay in fp32 (bf16 would quantise the time).
+        with torch.autocast(x.device.type, enabled=False):
+            time, projection, context, image = self.condition_embedder(
+                stream["t"], stream["text"].to(weight_dtype), stream["clip"].to(weight_dtype) if "clip" in stream else None
+            )
+            hidden = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
+        if image is not None:
+            context = torch.concat([image, context], dim=1)
+        grid = [size // patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)]
+        return Stream(
+            hidden=hidden.flatten(2).transpose(1, 2),
+            context=context,
+            modulation=projection.unflatten(1, (6, -1)),
+            time=time,
+            grid=torch.tensor(grid, dtype=torch.int64, device="cpu"),
+        )
+
+
+class BlockLayer(PipelineLayer):
+    """One transformer block."""
+
+    def __init__(self, block: torch.nn.Module, rotary: RotaryTable, is_last: bool):
+        super().__init__()
+        self.block = block
+        self._rotary = [rotary]
+        # After the last block nothing reads these any more.
+        self._drop = ("context", "modulation") if is_last else ()
+
+    def run(self, stream: Stream) -> Stream:
+        hidden = stream["hidden"]
+        rotary = self._rotary[0].at(stream["grid"], hidden.device)
+        hidden = self.block(hidden, stream["context"], stream["modulation"], rotary)
+        return stream.replaced(drop=self._drop, hidden=hidden)
+
+
+class HeadLayer(PipelineLayer):
+    """Final modulation, projection and the way back from patches to latents."""
+
+    def __init__(self, transformer: WanTransformer3DModel):
+        super().__init__()
+        self.norm_out = transformer.norm_out
+        self.proj_out = transformer.proj_out
+        self.scale_shift_table = transformer.scale_shift_table
+        self.patch_size = transformer.config.patch_size
+
+    def run(self, stream: Stream) -> Stream:
+        hidden = stream["hidden"]
+        shift, scale = (self.scale_shift_table + stream["time"].unsqueeze(1)).chunk(2, dim=1)
+        hidden = self.proj_out((self.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden))
+        # [B, F H W, pt ph pw C] -> [B, C, F pt, H ph, W pw]
+        hidden = hidden.unflatten(2, (*self.patch_size, -1)).unflatten(1, stream["grid"].tolist())
+        hidden = hidden.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return Stream(prediction=hidden.flatten(6, 7).flatten(4, 5).flatten(2, 3))
+
+
+def wan_layers(transformer: WanTransformer3DModel) -> list[PipelineLayer]:
+    """Embed, one layer per block, head."""
+    rotary = RotaryTable(transformer)
+    last = len(transformer.blocks) - 1
+    blocks = [BlockLayer(block, rotary, is_last=index == last) for index, block in enumerate(transformer.blocks)]
+    return [EmbedLayer(transformer), *blocks, HeadLayer(transformer)]

@@ -1,0 +1,263 @@
+"""Tiny random Wan models in the layouts of the real releases, to try and to test everything without weights.
+
+All layouts of one variant, seed and scale hold the same weights.  Every parameter is random (norms near 1), so that a part which is
+read wrongly or left out shows in the output.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_letters, digits, punctuation
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from models.base import Layout
+from models.common.text_encoders import SPIECE_TENSOR, find_tokenizer
+from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_key_map
+from models.wan.keys import wan_key_map
+from models.wan.networks import TIED
+from models.wan.sizes import CLIP_HEAD_DIM
+from utils.checkpoints.weights import save_safetensors
+from utils.draw import generator
+
+CHANNELS = {"wan-t2v": 16, "wan-i2v": 36}
+VARIANTS = tuple(CHANNELS)
+MODEL_TYPES = {"wan-t2v": "t2v", "wan-i2v": "i2v"}
+HEADS, HEAD_DIM, BLOCKS = 2, 12, 4
+TEXT_WIDTH, CLIP_WIDTH = 32, 2 * CLIP_HEAD_DIM
+VOCABULARY_STEP = 128
+"""The text encoder's vocabulary is rounded up to a multiple of this, as UMT5's is."""
+TOKENIZER_FOLDERS = {"diffusers": "tokenizer", "released": "google/umt5-xxl", "comfy": "text_encoders/umt5-xxl"}
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network on meta, which knows its config, and its weights by diffusers name."""
+
+    module: nn.Module
+    state: State
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    variant: str
+    transformer: Part
+    vae: Part
+    text_encoder: Part
+    image_encoder: Part | None
+    tokenizer: Path
+
+
+def write_tiny(variant: str, folder: Path, layout: Layout, seed: int, scale: int = 1, tokenizer: Path | None = None) -> None:
+    """Write a model below ``folder``; the same bytes for the same arguments.
+
+    ``scale`` multiplies the width and the number of blocks of the transformer; the other networks stay tiny.  ``tokenizer``: a
+    folder with a real tokenizer to copy, instead of the one that is made; the text encoder's vocabulary is made to fit.
+    """
+    place = folder / TOKENIZER_FOLDERS[layout]
+    place.mkdir(parents=True, exist_ok=True)
+    if tokenizer is None:
+        write_tokenizer(place)
+    else:
+        shutil.copytree(tokenizer, place, dirs_exist_ok=True)
+    WRITERS[layout](folder, tiny_model(variant, place, seed, scale))
+
+
+def tiny_model(variant: str, tokenizer: Path, seed: int, scale: int) -> TinyModel:
+    """The model's networks.  ``tokenizer``: the folder it lies in."""
+    takes_image = variant == "wan-i2v"
+    width = HEADS * HEAD_DIM * scale
+    vocabulary = find_tokenizer(tokenizer).load(max_tokens=1).vocabulary
+
+    def part(name: str, build: Callable[[], nn.Module]) -> Part:
+        with torch.device("meta"):
+            module = build()
+        return Part(module, random_state(module, seed, name))
+
+    def transformer() -> nn.Module:
+        return WanTransformer3DModel(
+            num_attention_heads=HEADS * scale,
+            attention_head_dim=HEAD_DIM,
+            in_channels=CHANNELS[variant],
+            out_channels=16,
+            text_dim=TEXT_WIDTH,
+            freq_dim=32,
+            ffn_dim=2 * width,
+            num_layers=BLOCKS * scale,
+            image_dim=CLIP_WIDTH if takes_image else None,
+            added_kv_proj_dim=width if takes_image else None,
+        )
+
+    def text_encoder() -> nn.Module:
+        rounded = math.ceil(vocabulary / VOCABULARY_STEP) * VOCABULARY_STEP
+        return UMT5EncoderModel(UMT5Config(vocab_size=rounded, d_model=TEXT_WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+    def image_encoder() -> nn.Module:
+        heads = CLIP_WIDTH // CLIP_HEAD_DIM
+        sizes = {"hidden_size": CLIP_WIDTH, "intermediate_size": 2 * CLIP_WIDTH, "num_attention_heads": heads}
+        return CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=224, patch_size=14, hidden_act="gelu"))
+
+    return TinyModel(
+        variant=variant,
+        transformer=part("transformer", transformer),
+        vae=part("vae", lambda: AutoencoderKLWan(base_dim=4)),
+        text_encoder=part("text_encoder", text_encoder),
+        image_encoder=part("image_encoder", image_encoder) if takes_image else None,
+        tokenizer=tokenizer,
+    )
+
+
+def random_state(module: nn.Module, seed: int, part: str) -> State:
+    """Values for each parameter of a module, by the parameter's name, so that they do not depend on the order."""
+    return {
+        name: _random_values(name, tuple(tensor.shape), generator(seed, part, name))
+        for name, tensor in module.state_dict().items()
+        if name != TIED
+    }
+
+
+def _random_values(name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+    normal = torch.randn(shape, generator=source)
+    module, _, kind = f".{name}".rpartition(".")
+    if kind == "gamma" or (kind == "weight" and "norm" in module.rpartition(".")[2]):
+        return 1 + 0.1 * normal
+    if kind == "bias":
+        return 0.02 * normal
+    return normal / math.sqrt(math.prod(shape[1:]))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A small tokenizer in T5's form: letters, marks and a few words, and bytes for whatever else, so that any text comes back."""
+    words = ["a", "the", "of", "and", "in", "on", "with", "is", "man", "woman", "cat", "dog", "red", "blue"]
+    pieces = ["▁", *ascii_letters, *digits, *punctuation, *(f"▁{word}" for word in words)]
+    vocabulary = [(token, 0.0) for token in SPECIAL_TOKENS]
+    vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    vocabulary += [(piece, -4.0) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL_TOKENS.index("<unk>"), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    end = SPECIAL_TOKENS.index("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    pad, end, unknown = SPECIAL_TOKENS
+    # transformers' T5 class would make the tokenizer anew, without the bytes.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": end, "unk_token": unknown}
+    _write_json(folder / "tokenizer_config.json", {**config, "model_max_length": 512})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _write_diffusers(folder: Path, model: TinyModel) -> None:
+    index = {
+        "_class_name": "WanImageToVideoPipeline" if model.image_encoder else "WanPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if model.image_encoder:
+        index |= {
+            "image_encoder": ["transformers", "CLIPVisionModel"],
+            "image_processor": ["transformers", "CLIPImageProcessorPil"],
+        }
+        CLIPImageProcessorPil().save_pretrained(folder / "image_processor")
+        model.image_encoder.module.config.save_pretrained(folder / "image_encoder")
+        # As older transformers wrote it, and as the released folders have it.
+        save_safetensors(folder / "image_encoder/model.safetensors", _prefixed("vision_model.", model.image_encoder.state))
+    _write_json(folder / "model_index.json", index)
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
+        folder / "scheduler"
+    )
+    for name, part in {"transformer": model.transformer, "vae": model.vae}.items():
+        part.module.save_config(folder / name)
+        save_safetensors(folder / name / "diffusion_pytorch_model.safetensors", part.state, {"format": "pt"})
+    model.text_encoder.module.config.save_pretrained(folder / "text_encoder")
+    save_safetensors(folder / "text_encoder/model.safetensors", model.text_encoder.state, {"format": "pt"})
+
+
+def _released_config(model: TinyModel) -> dict[str, Any]:
+    config = model.transformer.module.config
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": config.num_attention_heads * config.attention_head_dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.in_channels,
+        "model_type": MODEL_TYPES[model.variant],
+        "num_heads": config.num_attention_heads,
+        "num_layers": config.num_layers,
+        "out_dim": config.out_channels,
+        "text_len": 512,
+    }
+
+
+def _write_released(folder: Path, model: TinyModel) -> None:
+    transformer = wan_key_map().to_released(model.transformer.state)
+    _write_json(folder / "config.json", _released_config(model))
+    if model.image_encoder is None:  # as the 1.3B model is released
+        save_safetensors(folder / "diffusion_pytorch_model.safetensors", transformer)
+    else:  # as the 14B models are
+        _write_shards(folder, transformer, count=2)
+        clip = _prefixed("visual.", clip_key_map().to_released(model.image_encoder.state))
+        # The release holds the whole CLIP; these stand for what is not used of it.
+        clip |= {"visual.head": torch.zeros(CLIP_WIDTH, 8), "textual.norm.weight": torch.zeros(8), "log_scale": torch.zeros(())}
+        torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    torch.save(t5_key_map().to_released(model.text_encoder.state), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(vae_key_map().to_released(model.vae.state), folder / "Wan2.1_VAE.pth")
+
+
+def _write_shards(folder: Path, state: State, count: int) -> None:
+    names = sorted(state)
+    files = [f"diffusion_pytorch_model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+    for index, file in enumerate(files):
+        save_safetensors(folder / file, {name: state[name] for name in names[index::count]})
+    weight_map = {name: files[index % count] for index, name in enumerate(names)}
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+
+
+def _write_comfy(folder: Path, model: TinyModel) -> None:
+    stem = f"diffusion_models/wan2.1_{MODEL_TYPES[model.variant]}_tiny"
+    save_safetensors(folder / f"{stem}.safetensors", wan_key_map().to_released(model.transformer.state))
+    # Real files need no config: their heads are all 128 wide.
+    _write_json(folder / f"{stem}.json", _released_config(model))
+    save_safetensors(folder / "vae/wan_2.1_vae.safetensors", vae_key_map().to_released(model.vae.state))
+    text = dict(model.text_encoder.state)
+    spiece = model.tokenizer / "spiece.model"
+    if spiece.is_file():
+        text[SPIECE_TENSOR] = torch.frombuffer(bytearray(spiece.read_bytes()), dtype=torch.uint8)
+    save_safetensors(folder / "text_encoders/umt5_xxl_fp16.safetensors", text)
+    if model.image_encoder:
+        clip = _prefixed("vision_model.", model.image_encoder.state) | {"visual_projection.weight": torch.zeros(8, CLIP_WIDTH)}
+        save_safetensors(folder / "clip_vision/clip_vision_h.safetensors", clip)
+
+
+WRITERS: dict[Layout, Callable[[Path, TinyModel], None]] = {
+    "diffusers": _write_diffusers,
+    "released": _write_released,
+    "comfy": _write_comfy,
+}

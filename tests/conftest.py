@@ -1,0 +1,75 @@
+"""What all tests share: real data, the skip of GPU tests, and the environment of processes that tests start."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import assets as assets_module
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Set by launchers; a test that is itself run under one must not be taken for one of its ranks.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Real data as ``launch/assets.py`` fetches it.  Asking for a part that could not be had skips the test with the reason."""
+
+    folder: Path
+    missing: dict[str, str]
+    """``clips``, ``images`` or ``tokenizers`` -> why it is not there."""
+
+    def _files(self, what: str) -> dict[str, Path]:
+        if what in self.missing:
+            pytest.skip(f"{what}: {self.missing[what]}")
+        return {path.name: path for path in assets_module.PACKAGES[what].targets(self.folder).values()}
+
+    @property
+    def clips(self) -> dict[str, Path]:
+        """``bikes.mp4`` (640x272, 250 frames, 25 fps), ``bigbuckbunny.mp4``, ``carphone_pristine.mp4``, … by name."""
+        return self._files("clips")
+
+    @property
+    def images(self) -> dict[str, Path]:
+        """``astronaut.png`` (512x512), ``camera.png`` (grey), ``horse.png`` (with alpha), ``rocket.jpg``, … by name."""
+        return self._files("images")
+
+    @property
+    def umt5_tokenizer(self) -> Path:
+        """The folder of Wan's real tokenizer, for ``AutoTokenizer.from_pretrained``."""
+        return self._files("tokenizers")["tokenizer.json"].parent
+
+
+@pytest.fixture(scope="session")
+def assets() -> Assets:
+    return Assets(assets_module.DEFAULT_FOLDER, assets_module.fetch())
+
+
+@pytest.fixture(scope="session")
+def process_environment() -> dict[str, str]:
+    """For processes that a test starts: our imports, one thread each, no launcher's variables, nothing from the network."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES and not name.startswith("SLURM_")
+    }
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return inherited | accelerator | ours
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if ROOT / "tests" / "perf" in item.path.parents:
+            item.add_marker(pytest.mark.slow)  # benchmarks: only with launch/test --all

@@ -1,0 +1,344 @@
+"""Files for other programs: a LoRA, or the whole model in its released layout.
+
+A file is written aside, read back, and compared with what the model must have, before it gets its name: an older file under that
+name is replaced by a good one or not at all.  Nothing of the machine goes into it: no path, no user, no host.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.tensor_files import LENGTH_BYTES, SafetensorsFile
+from utils.checkpoints.weights import save_safetensors
+from utils.errors import UserError, listed
+
+NAMED_PROBLEMS = 5
+CHUNK_BYTES = 2**22
+_HASH_KEY = "modelspec.hash_sha256"
+# Of the hash's length: the hash is of the tensors' bytes, which come after the header that holds it.
+_HASH_PLACEHOLDER = "0x" + "0" * 64
+
+
+@dataclass(frozen=True)
+class LoraFormat:
+    """How the keys of a family's LoRA files are spelt, so that ComfyUI and diffusers both read them whole.
+
+    A key is ``prefix``, the module's path, ``.``, ``down`` or ``up``, ``.weight``.
+    """
+
+    prefix: str
+    """What stands before the module's path (`diffusion_model.`)."""
+    names: Literal["released", "diffusers"]
+    """Whose paths."""
+    down: str = "lora_A"
+    """The matrix [rank, in]."""
+    up: str = "lora_B"
+    """The matrix [out, rank]."""
+    separator: Literal[".", "_"] = "."
+    """Between the parts of the path (kohya's names have `_`)."""
+    writes_alpha: bool = False
+    """Whether `.alpha` = rank is written.  Only where every reader takes it: either way each reader applies strength 1."""
+
+    def key(self, path: str, part: str) -> str:
+        return f"{self.prefix}{path.replace('.', self.separator)}.{part}"
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What an exported file tells of its training."""
+
+    step: int
+    epoch: int
+    samples: int
+    learning_rate: float
+    seed: int
+    resolution: str | None = None
+    """`832x480`: what the model was trained at."""
+    datasets: Mapping[str, int] = field(default_factory=dict)
+    """Number of items by directory.  Of a path only the last name is written."""
+
+    def metadata(self, title: str) -> dict[str, str]:
+        """The keys that interfaces show: ModelSpec's (github.com/Stability-AI/ModelSpec) and sd-scripts' ``ss_``."""
+        counts: dict[str, int] = {}
+        for directory, count in self.datasets.items():
+            name = PurePath(directory).name
+            counts[name] = counts.get(name, 0) + count
+        known = {
+            "format": "pt",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.title": title,
+            "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),  # local time would tell the place
+            "modelspec.resolution": self.resolution,
+            _HASH_KEY: _HASH_PLACEHOLDER,
+            "ss_output_name": title,
+            "ss_steps": self.step,
+            "ss_epoch": self.epoch,
+            "ss_learning_rate": self.learning_rate,
+            "ss_seed": self.seed,
+            "ss_num_train_images": sum(counts.values()),
+            "ss_dataset_dirs": json.dumps({name: {"img_count": count} for name, count in sorted(counts.items())}),
+            "flowstage.samples": self.samples,
+        }
+        return {key: str(value) for key, value in known.items() if value is not None}
+
+
+def export_lora(
+    folder: Path,
+    name: str,
+    weights: Mapping[str, Tensor],
+    *,
+    expected: Mapping[str, Sequence[int]],
+    key_map: KeyMap,
+    fmt: LoraFormat,
+    alpha: float,
+    rank: int,
+    dtype: torch.dtype,
+    family: Mapping[str, str],
+    facts: TrainingFacts,
+) -> Path:
+    """Write ``<folder>/<name>.safetensors`` and return its path.
+
+    ``weights`` and ``expected`` (shapes, of the whole model) go by diffusers name: ``<module>.lora_A.weight`` [rank, in] and
+    ``<module>.lora_B.weight`` [out, rank], or the same for a convolution.  ``family`` is the family's own metadata.
+
+    B is multiplied by alpha / rank in fp32 before it is cast: readers disagree about ``.alpha``, and so all of them apply the
+    training's strength.  Raises UserError, and leaves no file, if a weight is missing, misshapen or not finite, or the disk is
+    full.
+    """
+    path = folder / f"{name}.safetensors"
+    _compare_names(path, weights, expected)
+    training = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "flowstage.strength_in_weights": f"{alpha:g}/{rank}",
+    }
+    described = {**family, "modelspec.architecture": f"{family['modelspec.architecture']}/lora"}
+    build = partial(_lora_tensors, key_map=key_map, fmt=fmt, scale=alpha / rank, rank=rank, dtype=dtype)
+    _write_checked(path, build(weights), build(_on_meta(expected)), {**described, **facts.metadata(name), **training})
+    return path
+
+
+def export_full(
+    folder: Path,
+    name: str,
+    weights: Mapping[str, Tensor],
+    *,
+    expected: Mapping[str, Sequence[int]],
+    key_map: KeyMap,
+    dtype: torch.dtype | None,
+    family: Mapping[str, str],
+    facts: TrainingFacts,
+) -> Path:
+    """Write the whole model in its released layout to ``<folder>/<name>.safetensors`` and return the path.
+
+    ``weights`` and ``expected`` (shapes) go by diffusers name.  ``weights`` may read each tensor when it is asked for (twice): no
+    more than one released tensor is held at a time.  ``dtype`` None: each weight's own.  Errors as :func:`export_lora`.
+    """
+    path = folder / f"{name}.safetensors"
+    _compare_names(path, weights, expected)
+    build = partial(_ReleasedTensors, key_map=key_map, dtype=dtype)
+    _write_checked(path, build(weights), build(_on_meta(expected)), {**family, **facts.metadata(name)})
+    return path
+
+
+def _lora_tensors(
+    weights: Mapping[str, Tensor], key_map: KeyMap, fmt: LoraFormat, scale: float, rank: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    tensors = {}
+    for module in dict.fromkeys(name.rpartition(".lora_")[0] for name in weights):
+        down, up = (weights[f"{module}.lora_{side}.weight"] for side in "AB")
+        if down.shape[0] != rank or up.shape[1] != rank:
+            raise UserError(f"the adapter of {module} has matrices {list(down.shape)} and {list(up.shape)}, but rank {rank}")
+        up = up.detach().float() * scale
+        path = module
+        if fmt.names == "released":
+            # A rule that moves rows moves those of B alone.
+            [(released, up)] = key_map.to_released({f"{module}.weight": up}).items()
+            path = released.removesuffix(".weight")
+        tensors[fmt.key(path, f"{fmt.down}.weight")] = down.detach().to(dtype)
+        tensors[fmt.key(path, f"{fmt.up}.weight")] = up.to(dtype)
+        if fmt.writes_alpha:
+            tensors[fmt.key(path, "alpha")] = torch.tensor(float(rank))
+    return tensors
+
+
+class _ReleasedTensors(Mapping[str, Tensor]):
+    """A model's weights by released name, each made when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], key_map: KeyMap, dtype: torch.dtype | None):
+        self._weights, self._key_map, self._dtype = weights, key_map, dtype
+        self._parts: dict[str, list[str]] = {}
+        for name in weights:
+            if key_map.diffusers_names(name, "diffusers"):  # not one that the release does without
+                self._parts.setdefault(key_map.released_name(name), []).append(name)
+
+    def __getitem__(self, key: str) -> Tensor:
+        [tensor] = self._key_map.to_released({name: self._weights[name] for name in self._parts[key]}).values()
+        return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _on_meta(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    return {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+
+
+def _refuse(heading: str, problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - NAMED_PROBLEMS} more"] if len(problems) > NAMED_PROBLEMS else []
+        raise UserError(listed([*problems[:NAMED_PROBLEMS], *more], heading))
+
+
+def _compare_names(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    given = set(weights)  # a mapping that reads from the disk would read to answer `in`
+    missing = [f"{name} is missing" for name in expected if name not in given]
+    unknown = [f"{name} is not a weight of the model" for name in weights if name not in expected]
+    _refuse(f"{path} was not exported:", missing + unknown + ([] if expected else ["there are no weights"]))
+
+
+def _write_checked(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def check(aside: Path) -> None:
+        _refuse(f"{path} was not exported; a file that was there is unchanged:", _differences(aside, expected))
+        _write_hash(aside)
+
+    try:
+        save_safetensors(path, tensors, metadata, check=check)
+    except OSError as error:
+        raise UserError(f"{path} was not exported: {error.strerror or error}; a file that was there is unchanged") from error
+
+
+def _differences(path: Path, expected: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with a written file, key by key.  One tensor is read at a time."""
+    try:
+        file = SafetensorsFile(path)
+        with safe_open(path, framework="pt"):  # the library checks the header by rules of its own
+            pass
+    except (UserError, SafetensorError) as error:
+        return [str(error)]
+    return [problem for key in {**expected, **file.entries} if (problem := _difference(key, file, expected))]
+
+
+def _difference(key: str, file: SafetensorsFile, expected: Mapping[str, Tensor]) -> str | None:
+    if key not in file.entries or key not in expected:
+        return f"{key} is {'missing' if key in expected else 'not a key of the model'}"
+    shape = tuple(expected[key].shape)
+    if file.entries[key].shape != shape or 0 in shape:
+        return f"{key} has the shape {list(file.entries[key].shape)}, it should have {list(shape)}"
+    if not torch.isfinite(file.read(key)).all():
+        return f"{key} holds values that are not finite"
+    return None
+
+
+def _write_hash(path: Path) -> None:
+    """Put the hash of the tensors' bytes, as they are on the disk, where its placeholder stands in the header."""
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(LENGTH_BYTES), "little"))
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+        assert header.count(_HASH_PLACEHOLDER.encode()) == 1
+        file.seek(LENGTH_BYTES)
+        file.write(header.replace(_HASH_PLACEHOLDER.encode(), f"0x{digest.hexdigest()}".encode()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# How the module's path is spelt in LoRA files: what stands before it, and what between its parts.
+_PATH_SPELLINGS = (
+    ("diffusion_model.", "."),
+    ("transformer.", "."),
+    ("base_model.model.", "."),
+    ("", "."),
+    ("lora_unet_", "_"),
+    ("lora_transformer_", "_"),
+    ("lycoris_", "_"),
+)
+_ENDINGS = {
+    **dict.fromkeys((".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight"), "lora_A.weight"),
+    **dict.fromkeys((".lora_B.weight", ".lora_up.weight", ".lora_B.default.weight", ".lora.up.weight"), "lora_B.weight"),
+    ".alpha": "alpha",
+}
+_MATRICES = ("lora_A.weight", "lora_B.weight")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA that was read."""
+
+    weights: dict[str, Tensor]
+    """By diffusers name, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``, unscaled."""
+    scales: dict[str, float]
+    """By module: what B A is multiplied by: ``.alpha`` / rank, or 1 without ``.alpha``."""
+    metadata: dict[str, str]
+
+
+def load_lora(path: Path, modules: Iterable[str], key_map: KeyMap) -> LoraFile:
+    """Read a LoRA file of this project or of another trainer, in any of the usual spellings.
+
+    ``modules``: diffusers paths of the model's modules that can have an adapter.  Raises UserError for a file that is not whole,
+    for a key that belongs to no module, for half an adapter, and for matrices that do not fit together.
+    """
+    try:
+        file = SafetensorsFile(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    owners = _owners_by_spelling(modules, key_map)
+    adapters: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for key in file.entries:
+        ending = next((ending for ending in _ENDINGS if key.endswith(ending)), "")
+        found = owners.get(key.removesuffix(ending), {}) if ending else {}
+        if not found:
+            problems.append(f"{key} belongs to no module of the model")
+        for module, rows_of in found.items():
+            part, tensor = _ENDINGS[ending], file.read(key)
+            adapters.setdefault(module, {})[part] = rows_of(tensor) if part == "lora_B.weight" else tensor
+    problems += [problem for module, adapter in adapters.items() if (problem := _adapter_problem(module, adapter))]
+    _refuse(f"{path} is not a LoRA of this model:", problems or ([] if adapters else ["it holds no adapter"]))
+    return LoraFile(
+        weights={f"{module}.{part}": adapter[part] for module, adapter in adapters.items() for part in _MATRICES},
+        scales={
+            module: float(adapter["alpha"]) / len(adapter["lora_A.weight"]) if "alpha" in adapter else 1.0
+            for module, adapter in adapters.items()
+        },
+        metadata=file.metadata,
+    )
+
+
+def _owners_by_spelling(modules: Iterable[str], key_map: KeyMap) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
+    """For each spelling of a path the modules that it means, and which rows of B are theirs (several share a fused one)."""
+    released: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
+    diffusers: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
+    for module in modules:
+        source = key_map.sources_of(f"{module}.weight", "released")
+        for prefix, separator in _PATH_SPELLINGS:
+            spelling = prefix + source.key.removesuffix(".weight").replace(".", separator)
+            released.setdefault(spelling, {})[module] = source.take
+            diffusers[prefix + module.replace(".", separator)] = {module: lambda tensor: tensor}
+    # A spelling that both namings know is the released one: that is what other programs write.
+    return {**diffusers, **released}
+
+
+def _adapter_problem(module: str, adapter: Mapping[str, Tensor]) -> str | None:
+    if missing := [part for part in _MATRICES if part not in adapter]:
+        return f"{module} has no {missing[0]}"
+    down, up = (adapter[part] for part in _MATRICES)
+    if up.shape[1] != down.shape[0]:
+        return f"{module} has matrices that do not fit together: {list(down.shape)} and {list(up.shape)}"
+    return None

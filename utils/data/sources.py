@@ -1,0 +1,284 @@
+"""The pictures and clips of a data set, with their captions: what is there, what is wrong with it, and which bucket each gets."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.config.schema import DatasetConfig, DirectoryConfig
+from utils.data.buckets import assign, buckets_for, problems, settings_for
+from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, is_clip, probe
+from utils.data.progress import ProgressLog
+from utils.data.shards import write_atomically
+from utils.data.values import Bucket, Sample, SizeRules
+from utils.errors import UserError, listed
+
+log = logging.getLogger(__name__)
+
+NUM_THREADS = 8
+MAX_LISTED = 40
+"""Problems of one message; the rest is counted."""
+_MEMORY_VERSION = 1
+
+
+@dataclass
+class DirectoryReport:
+    """What became of one ``[[directory]]``."""
+
+    name: str
+    """Its name in the samples' keys."""
+    path: Path
+    num_repeats: int
+    pictures: int = 0
+    clips: int = 0
+    buckets: Counter[Bucket] = field(default_factory=Counter)
+    """Samples in each bucket."""
+    unused: dict[str, str] = field(default_factory=dict)
+    """Files without any sample, and why."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Suffixes of files that are no pictures, clips or captions; sub-folders under ``/``."""
+
+    def lines(self) -> list[str]:
+        repeats = f", each {self.num_repeats} times an epoch" if self.num_repeats > 1 else ""
+        found = [f"{self.name} ({self.path}): {_count(self.clips, 'clip')}, {_count(self.pictures, 'picture')}{repeats}"]
+        found += [f"  {bucket!s:>14}  {_count(number, 'sample')}" for bucket, number in sorted(self.buckets.items())]
+        found += [f"  not used: {name}: {reason}" for name, reason in self.unused.items()]
+        if self.ignored:
+            kinds = [f"{number} {suffix or 'without suffix'}" for suffix, number in sorted(self.ignored.items()) if suffix != "/"]
+            kinds += [_count(self.ignored["/"], "sub-folder")] if self.ignored["/"] else []
+            found.append(f"  not looked at: {', '.join(kinds)}")
+        return found
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What is in the folders and what is used of it."""
+
+    directories: list[DirectoryReport]
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """``<directory's name>/<file>`` and why no sample was made of it."""
+        return {f"{part.name}/{name}": reason for part in self.directories for name, reason in part.unused.items()}
+
+    def lines(self) -> list[str]:
+        """For the log and ``--check``."""
+        return [line for directory in self.directories for line in directory.lines()]
+
+
+@dataclass(frozen=True)
+class Scan:
+    samples: list[Sample]
+    """In the order of their keys."""
+    report: ScanReport
+
+
+def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -> Scan:
+    """Look at every file of the data set and make the samples.
+
+    Each file is hashed and probed once and then known by path, size and time of change, in the small file ``hash_cache``.
+    Raises one UserError with everything that is wrong: settings the model cannot take, missing folders and captions, captions
+    without a file, files that do not decode, nothing left to train on.  A file that no bucket takes is a warning.
+    """
+    if impossible := problems(dataset, rules):
+        raise UserError(listed(impossible, "the dataset's sizes do not fit the model:"))
+    wrong: list[str] = []
+    names: list[str] = []
+    listings: list[_Listing] = []
+    for index, directory in enumerate(dataset.directory):
+        # A second folder of the same name gets its place in the file, so that keys stay unique.
+        name = directory.path.resolve().name
+        while name in names:
+            name = f"{name}[{index}]"
+        names.append(name)
+        listings.append(_list(directory, wrong))
+    looks = _look_at_all(sorted({path for listing in listings for path in listing.captions}), hash_cache, wrong)
+    if wrong:
+        more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {_count(len(wrong), 'problem')}:"))
+
+    samples: list[Sample] = []
+    reports: list[DirectoryReport] = []
+    for name, directory, listing in zip(names, dataset.directory, listings, strict=True):
+        settings = settings_for(dataset, directory)
+        report = DirectoryReport(name, directory.path, settings.num_repeats, ignored=listing.ignored)
+        reports.append(report)
+        samples += _samples(settings, rules, listing, looks, report)
+        _warn_of_unused(report)
+    if not samples:
+        raise UserError(
+            listed(ScanReport(reports).lines(), "the data set is empty: nothing in it can be trained on. What was found:")
+        )
+    return Scan(sorted(samples, key=lambda sample: sample.key), ScanReport(reports))
+
+
+def _samples(
+    settings: DatasetConfig, rules: SizeRules, listing: "_Listing", looks: dict[Path, "_Look"], report: DirectoryReport
+) -> list[Sample]:
+    """The samples of one directory: one for each file and resolution."""
+    fps = settings.fps or rules.fps
+    groups = buckets_for(settings, rules)
+    samples = []
+    for path, caption in listing.captions.items():
+        look = looks[path]
+        report.clips += is_clip(path)
+        report.pictures += not is_clip(path)
+        assigned = [assign(look.info, group, rules, fps) for group in groups]
+        buckets = sorted({bucket for bucket in assigned if isinstance(bucket, Bucket)})
+        if not buckets:
+            report.unused[path.name] = str(assigned[0])
+        for bucket in buckets:
+            report.buckets[bucket] += 1
+            samples.append(
+                Sample(
+                    key=f"{report.name}/{path.name}@{bucket}",
+                    path=path,
+                    content=look.content,
+                    caption=settings.caption_prefix + caption,
+                    bucket=bucket,
+                    clip_mode=settings.video_clip_mode,
+                    fps=fps if is_clip(path) else None,
+                    num_repeats=settings.num_repeats,
+                )
+            )
+    return samples
+
+
+def _warn_of_unused(report: DirectoryReport) -> None:
+    if report.unused:
+        named = [f"{name}: {reason}" for name, reason in report.unused.items()]
+        more = [f"and {len(named) - MAX_LISTED} more"] if len(named) > MAX_LISTED else []
+        log.warning(listed(named[:MAX_LISTED] + more, f"{report.path}: {_count(len(named), 'file')} cannot be used:"))
+
+
+# ── what lies in a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Listing:
+    captions: dict[Path, str]
+    """Pictures and clips with their captions."""
+    ignored: Counter[str]
+
+
+def _list(directory: DirectoryConfig, wrong: list[str]) -> _Listing:
+    """The files of one folder, not of those in it; what is wrong is added to ``wrong``."""
+    media: list[Path] = []
+    texts: dict[str, Path] = {}
+    others: dict[str, Path] = {}
+    ignored: Counter[str] = Counter()
+    try:
+        entries = sorted(directory.path.iterdir())
+    except OSError as error:
+        wrong.append(
+            f"[[directory]] path = {str(directory.path)!r}: the folder cannot be read ({error.strerror}); correct the path"
+        )
+        entries = []
+    for path in entries:
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):  # hidden; macOS leaves a "._clip.mp4" beside every clip on foreign disks
+            continue
+        if path.is_dir():
+            ignored["/"] += 1
+        elif suffix in PICTURES or suffix in CLIPS:
+            media.append(path)
+        elif suffix == ".txt":
+            texts[path.stem] = path
+        else:
+            ignored[suffix] += 1
+            others[path.stem] = path
+
+    captions: dict[Path, str] = {}
+    for path in media:
+        if path.stem not in texts:
+            wrong.append(f"{path}: it has no caption; write one to {path.stem}.txt beside it (an empty file is an empty caption)")
+            continue
+        try:
+            captions[path] = texts[path.stem].read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            wrong.append(f"{texts[path.stem]}: the caption is not UTF-8 (byte {error.start}); save it as UTF-8")
+        except OSError as error:
+            wrong.append(f"{texts[path.stem]}: the caption cannot be read ({error.strerror})")
+    stems = {path.stem for path in media}
+    for stem, path in texts.items():
+        if stem not in stems and stem in others:
+            kinds = ", ".join(sorted(PICTURES | CLIPS))
+            wrong.append(f"{others[stem]}: it has a caption, but files of this kind are not read; convert it to one of {kinds}")
+        elif stem not in stems:
+            wrong.append(f"{path}: a caption without a picture or clip of the same name; remove it, or add the file")
+    return _Listing(captions, ignored)
+
+
+# ── what is in a file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a file holds."""
+
+    content: str
+    """BLAKE2b of its bytes."""
+    info: MediaInfo
+
+
+def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str]) -> dict[Path, _Look]:
+    """Hash and probe the files that are new or changed; those that do not decode are added to ``wrong``."""
+    remembered = _read_memory(hash_cache)
+    looks: dict[Path, _Look] = {}
+    fresh: dict[str, dict[str, Any]] = {}
+    pending: dict[Path, tuple[dict[str, int], Future[_Look]]] = {}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for path in paths:
+            try:
+                state = path.stat()
+            except OSError as error:
+                wrong.append(f"{path}: it cannot be read ({error.strerror})")
+                continue
+            stamp = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+            known = remembered.get(str(path.resolve()))
+            if known and known["stamp"] == stamp:
+                looks[path] = _Look(known["content"], MediaInfo(**known["info"]))
+            else:
+                pending[path] = (stamp, pool.submit(_look, path))
+        progress = ProgressLog("reading new files", len(pending))
+        for number, (path, (stamp, future)) in enumerate(pending.items(), start=1):
+            try:
+                looks[path] = future.result()
+                fresh[str(path.resolve())] = {"stamp": stamp, **asdict(looks[path])}
+            except MediaError as error:
+                wrong.append(str(error))
+            progress.report(number)
+    if hash_cache and fresh:
+        # Read again: another run may have written meanwhile, and losing its part only costs time.
+        memory = {"version": _MEMORY_VERSION, "files": {**_read_memory(hash_cache), **fresh}}
+        write_atomically(hash_cache, json.dumps(memory).encode())
+    return looks
+
+
+def _look(path: Path) -> _Look:
+    info = probe(path)
+    with path.open("rb") as file:
+        return _Look(hashlib.file_digest(file, _blake2b).hexdigest(), info)
+
+
+def _blake2b() -> "hashlib._Hash":
+    return hashlib.blake2b(digest_size=20)
+
+
+def _read_memory(hash_cache: Path | None) -> dict[str, dict[str, Any]]:
+    """What is known of files by their path; nothing if the file is absent, broken, or of another version."""
+    if hash_cache is None:
+        return {}
+    try:
+        memory = json.loads(hash_cache.read_bytes())
+        return memory["files"] if memory["version"] == _MEMORY_VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,67 @@
+"""Timesteps t in [0, 1] (1 is pure noise) as quantile functions: a place in (0, 1) in, a timestep out.
+
+A quantile function instead of a random draw keeps this module pure: who draws the quantile, and from which seed, is decided
+elsewhere; evaluation hands in fixed ones.  Everything is computed in fp64 on Python numbers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True)
+class BaseDistribution:
+    """A distribution on (0, 1) before the shift."""
+
+    quantile: Callable[[float, float], float]
+    """(place, scale) -> t"""
+    cumulative: Callable[[float, float], float]
+    """(t, scale) -> place"""
+
+
+def _logit_normal_quantile(place: float, scale: float) -> float:
+    return 1 / (1 + math.exp(-scale * _NORMAL.inv_cdf(place)))
+
+
+def _logit_normal_cumulative(t: float, scale: float) -> float:
+    return _NORMAL.cdf(math.log(t / (1 - t)) / scale) if 0 < t < 1 else float(t >= 1)
+
+
+BASE_DISTRIBUTIONS = {
+    "uniform": BaseDistribution(quantile=lambda place, scale: place, cumulative=lambda t, scale: t),
+    # Esser et al. 2024 (arXiv 2403.03206), section 3.1: t = sigmoid(scale * N(0, 1)).
+    "logit_normal": BaseDistribution(quantile=_logit_normal_quantile, cumulative=_logit_normal_cumulative),
+}
+
+
+def shifted(t: float, shift: float) -> float:
+    """t' = s t / (1 + (s - 1) t)  (Esser et al. 2024, equation 23, with s = sqrt(m / n))."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshifted(t: float, shift: float) -> float:
+    """The inverse of :func:`shifted`: the shift by 1 / s."""
+    return shifted(t, 1 / shift)
+
+
+@dataclass(frozen=True)
+class TimestepDistribution:
+    """A base distribution, shifted, and cut to [low, high] by slicing: inside, its density keeps its form."""
+
+    method: str
+    scale: float = 1.0
+    shift: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def at(self, place: float) -> float:
+        """The timestep at a quantile in (0, 1) of the cut distribution."""
+        base = BASE_DISTRIBUTIONS[self.method]
+        start, stop = (base.cumulative(unshifted(edge, self.shift), self.scale) for edge in (self.low, self.high))
+        inside = start + place * (stop - start)
+        # Rounding at the far tails may reach 0 or 1, where the inverse of the normal has no value.
+        inside = min(max(inside, 1e-12), 1 - 1e-12)
+        return min(max(shifted(base.quantile(inside, self.scale), self.shift), self.low), self.high)
