@@ -33,6 +33,7 @@ from utils.data.sources import Scan, scan
 from utils.errors import UserError, listed
 from utils.metrics import MetricLog, setup_logging
 from utils.optim.optimizers import RunOptimizer, couples_parameters, optimizer_problems
+from utils.pipeline.engine import StageEngine, StageModule
 from utils.pipeline.layer import PipelineLayer
 from utils.pipeline.partition import divide, layer_weights
 from utils.pipeline.stage_weights import fill_stage, names_of
@@ -71,8 +72,9 @@ def main() -> int:
             log.info("%s", notice)
         return check(loaded) if args.check else run(loaded, args)
     except UserError as error:
-        # Every rank finds the same things wrong; one of them says so.  What one rank alone finds is marked with its number.
-        log.error("%s", error)
+        # Before the ranks have met, each of them finds the same; later most errors are one rank's own.
+        if rank == 0 or (Topology.is_started() and not error.everywhere):
+            log.error("%s", error)
         return 2
 
 
@@ -84,9 +86,10 @@ def check(loaded: LoadedConfig) -> int:
     config = loaded.run
     family = load_family(config.model.type)(config.model)
     transformer, layers, boundaries, _ = build_layers(config, family)
+    encoders = family.encoders()
     processes = int(os.environ["WORLD_SIZE"])
     replicas = replicas_for(processes, config.pipeline_stages) if processes > 1 else 1
-    log.info("model: %s, %s", family.variant, describe_weights(transformer))
+    log.info("model: %s, %s; encoders: %s", family.variant, describe_weights(transformer), ", ".join(e.name for e in encoders))
     for stage in range(config.pipeline_stages):
         start, stop = boundaries[stage], boundaries[stage + 1]
         weights = sum(layer_weights(layers[start:stop]))
@@ -123,24 +126,28 @@ def describe_layers(layers: list[PipelineLayer]) -> str:
 
 def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
     config = loaded.run
-    topology = Topology.start(config.pipeline_stages)
     if config.pipeline_stages > 1 and couples_parameters(config.optimizer):
         raise UserError(
             f"optimizer.type = {config.optimizer.type!r} computes one value from all parameters, which on {config.pipeline_stages} "
             "stages would be another value on each; use pipeline_stages = 1, or another optimizer"
         )
+    # The model without its weights: names, shapes, layers, stages.  What does not fit is found before anything takes time.
+    family = load_family(config.model.type)(config.model)
+    transformer, layers, boundaries, adapter = build_layers(config, family)
+    encoders = family.encoders()
+
+    topology = Topology.start(config.pipeline_stages)
     folder = open_run(config, args.resume, topology)
     setup_logging(folder.log_file, topology.rank)
     log.info("run %s: %d stage(s) x %d replica(s) on %s", folder.path, topology.stages, topology.replicas, topology.device.type)
+    log.info("model: %s, %s; stage boundaries %s", family.variant, describe_weights(transformer), boundaries)
     if topology.is_main:
         dump_config(loaded, folder.path)
-    family = load_family(config.model.type)(config.model)
     checkpoint = load_checkpoint(folder)
 
     # The data, encoded.
     cache = DatasetCache(config.cache_dir or config.output_dir / "cache")
     found = topology.from_main(lambda: scan_all(loaded, family, cache))
-    encoders = family.encoders()
     samples = [sample for part in found.values() for sample in part.samples]
     report = cache.build(samples, encoders, rank=topology.rank, world_size=topology.world_size, device=topology.device)
     log.info("encoded data: %s", "; ".join(report.lines()))
@@ -148,7 +155,6 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
         return 0
 
     # The layers of this stage, with their weights.
-    transformer, layers, boundaries, adapter = build_layers(config, family)
     own = layers[boundaries[topology.stage] : boundaries[topology.stage + 1]]
     everywhere = trainable_parameters(transformer)
     mine = {name: everywhere[name] for name in names_of(own, transformer) if name in everywhere}
@@ -157,11 +163,8 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
     else:
         trained = adapter.first_values(mine.items(), config.seed) if adapter else {}
     fill_stage(transformer, own, family.weights(), trained, topology.device)
-    log.info("model: %s, %s; stage boundaries %s", family.variant, describe_weights(transformer), boundaries)
 
-    # The engine around them.  (DeepSpeed is imported late: it takes seconds, and --check needs none of it.)
-    from utils.pipeline.engine import StageEngine, StageModule
-
+    # The engine around them.
     policy = RuntimePolicy(topology.device, DTYPES[config.model.dtype], config.activation_checkpointing)
     optimizer = RunOptimizer(mine, config.optimizer)
     engine = StageEngine.build(

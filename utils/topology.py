@@ -114,6 +114,10 @@ class Topology:
         control_group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
         return cls(rank, world_size, stages, device, stage_groups, replica_groups, control_group)
 
+    @staticmethod
+    def is_started() -> bool:
+        return dist.is_initialized()
+
     def stop(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -137,6 +141,7 @@ class Topology:
             try:
                 result = function()
             except UserError as error:
+                error.everywhere = True
                 result = error
         result = self.broadcast(result)
         if isinstance(result, UserError):

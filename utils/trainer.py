@@ -91,22 +91,12 @@ class Trainer:
         """Optimizer state and position.  The weights were filled in when the layers were made."""
         self.optimizer.load_state(*checkpoint.optimizer(self.parameters))
         self.progress = checkpoint.progress
-        for key, before in checkpoint.record.items():
-            if self.record.get(key) != before:
-                self._warn_of_change(key, before, self.record.get(key))
-        log.info("continuing from step %d (epoch %d) of %s", self.progress.step, self.progress.epoch + 1, checkpoint.folder.name)
-
-    @staticmethod
-    def _warn_of_change(key: str, before: Any, now: Any) -> None:
-        if key == "data":
+        before, now = _flat(checkpoint.record), _flat(self.record)
+        for key in [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+            log.warning("changed since the checkpoint: %s was %r, is %r", key, before.get(key), now.get(key))
+        if before.get("data") != now["data"]:
             log.warning("the data set is not the one of the checkpoint: the rest of the epoch has another order")
-            return
-        if isinstance(before, dict) and isinstance(now, dict):
-            for name in sorted({**before, **now}):
-                if before.get(name) != now.get(name):
-                    log.warning("changed since the checkpoint: %s was %r, is %r", name, before.get(name), now.get(name))
-            return
-        log.warning("changed since the checkpoint: %s was %r, is %r", key, before, now)
+        log.info("continuing from step %d (epoch %d) of %s", self.progress.step, self.progress.epoch + 1, checkpoint.folder.name)
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -124,10 +114,12 @@ class Trainer:
             result = self._step(batches)
             refused = 0 if result.applied else refused + 1
             if refused == MAX_REFUSED_STEPS:
-                raise UserError(
+                error = UserError(
                     f"the loss or the gradient was not finite in {refused} steps in a row, up to step {self.progress.step}; "
                     "no weight was changed by them, and metrics.jsonl names their samples. Try a lower optimizer.lr"
                 )
+                error.everywhere = True
+                raise error
             self._save_and_evaluate()
         return self.progress
 
@@ -275,3 +267,11 @@ def data_fingerprint(order: EpochOrder) -> str:
     for sample in order.samples:
         digest.update(f"{sample.key}\x1f{sample.num_repeats}\x1e".encode())
     return digest.hexdigest()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

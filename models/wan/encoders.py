@@ -29,7 +29,8 @@ MAX_TOKENS = 512
 def wan_encoders(files: WanFiles, dtype: torch.dtype, takes_image: bool) -> list[ConditionEncoder]:
     """The encoders of a variant, unloaded.  ``takes_image``: image to video."""
     encoders: list[ConditionEncoder] = [
-        WanVaeEncoder(open_network("vae", files.vae), dtype, with_condition=takes_image),
+        # Always fp32, as the release runs it: in bf16 the latents, which are the targets of training, are off by up to 2 %.
+        WanVaeEncoder(open_network("vae", files.vae), torch.float32, with_condition=takes_image),
         WanTextEncoder(open_network("text_encoder", files.text_encoder), files.tokenizer, dtype),
     ]
     if takes_image:

@@ -124,7 +124,7 @@ class Family(ModelFamily):
     def export_metadata(self) -> dict[str, str]:
         size = "14b" if self.config["num_layers"] == 40 else "1.3b"
         architecture = f"{self.variant.replace('wan-', 'wan2.1-')}-{size}"
-        return {"modelspec.architecture": architecture, "modelspec.implementation": "diffusers"}
+        return {"modelspec.architecture": architecture, "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1"}
 
     @classmethod
     def write_tiny(cls, variant: str, folder: Path, layout: Layout, seed: int, scale: int = 1) -> None:

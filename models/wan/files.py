@@ -8,6 +8,7 @@
 Only headers are read here.  All that is missing or does not fit is reported together.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from utils.config.schema import ModelOptions
 from utils.errors import UserError, listed
 
 __all__ = ["WanFiles", "find_files", "transformer_config", "variant_of"]
+
+log = logging.getLogger(__name__)
 
 NAMED = 8
 """At most so many files are named in a message."""
@@ -100,9 +103,11 @@ def find_files(options: ModelOptions) -> WanFiles:
     search.part("text_encoder", config.get("text_dim"))
     if config.get("image_dim"):
         search.part("image_encoder", config["image_dim"])
+    elif transformer and options.image_encoder_path:
+        log.warning("model.image_encoder_path has no effect: text to video uses no image encoder")
     tokenizer = search.tokenizer()
     if search.problems:
-        raise UserError(listed(search.problems, "[model] is not complete:"))
+        raise UserError(listed(search.problems, "[model] cannot be used:"))
     assert tokenizer is not None
     processor = options.path / "image_processor/preprocessor_config.json" if options.path else None
     return WanFiles(
@@ -146,7 +151,7 @@ class _Search:
             opened, problem = self._open(name, chosen, width)
             if opened:
                 self.found[name] = chosen
-            self.problems += [f"model.{name}_path: {problem}"] if problem else []
+            self.problems += [_indented(f"model.{name}_path: {problem}")] if problem else []
             return opened
         if self.root is None:
             if self.options.path is None:
@@ -170,7 +175,7 @@ class _Search:
                 rejected += [problem for _, _, problem in tried if problem and problem not in rejected]
         looked = ", ".join(place.pattern for place in PLACES[name])
         problem = f"no {NETWORKS[name].title} in {self.root}; looked for {looked}; name it with model.{name}_path"
-        self.problems.append("\n      ".join([problem, *(text.replace("\n", "\n      ") for text in rejected[:NAMED])]))
+        self.problems.append(_indented("\n".join([problem, *rejected[:NAMED]])))
         return None
 
     def _open(self, name: str, path: Path, width: int | None) -> tuple[OpenedNetwork | None, str | None]:
@@ -196,8 +201,9 @@ class _Search:
             found = next(filter(None, (find_tokenizer(root / folder) for root in roots for folder in TOKENIZER_FOLDERS)), None)
             if found is None and "text_encoder" in self.found:
                 found = tokenizer_inside(self.found["text_encoder"])
-            where = f"no tokenizer.json and no spiece.model in {', '.join(map(str, roots))}, nor below in {', '.join(TOKENIZER_FOLDERS[:-1])}"
-            missing = f"{where if roots else 'no tokenizer'}; name its folder with model.tokenizer_path"
+            below = ", ".join(TOKENIZER_FOLDERS[:-1])
+            where = f".json and no spiece.model in {', '.join(map(str, roots))}, nor below in {below}" if roots else ""
+            missing = f"no tokenizer{where}; name its folder with model.tokenizer_path"
         if found:
             self.problems += filter(None, [found.problem()])
         elif chosen or self.root or self.options.path is None:  # else the path is the problem, and was reported
@@ -208,3 +214,8 @@ class _Search:
         weights = self.found.get("text_encoder")
         beside = [weights if weights.is_dir() else weights.parent] if weights else []
         return list(dict.fromkeys([*([self.root] if self.root else []), *beside]))
+
+
+def _indented(problem: str) -> str:
+    """The further lines of a problem below its first one."""
+    return problem.replace("\n", "\n      ")

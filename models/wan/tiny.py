@@ -138,7 +138,7 @@ def _random_values(name: str, shape: tuple[int, ...], source: torch.Generator) -
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A small tokenizer in T5's form: letters, marks and a few words, and bytes for whatever else, so that any text comes back."""
+    """A small tokenizer in T5's form: letters, marks and a few words, and bytes for all else, so that any caption comes back."""
     words = ["a", "the", "of", "and", "in", "on", "with", "is", "man", "woman", "cat", "dog", "red", "blue"]
     pieces = ["▁", *ascii_letters, *digits, *punctuation, *(f"▁{word}" for word in words)]
     vocabulary = [(token, 0.0) for token in SPECIAL_TOKENS]

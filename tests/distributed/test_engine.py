@@ -1,7 +1,6 @@
 """The pipeline against the plain diffusers model, and against itself on other numbers of stages and replicas."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,6 @@ from utils.draw import Draw
 SGD = {"type": "sgd", "lr": 0.5}
 ADAMW = {"type": "adamw", "lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.01}
 LORA = {"rank": 4, "alpha": 6.0}
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Folder of a tiny model by variant, written once."""
-
-    @cache
-    def write(variant: str) -> Path:
-        folder = tmp_path_factory.mktemp("tiny") / variant
-        load_family("wan").write_tiny(variant, folder, "diffusers", seed=1)
-        return folder
-
-    return write
 
 
 def settings_for(model: Path, **changes) -> dict:
@@ -86,7 +72,7 @@ def plain_model(settings: dict) -> tuple[dict[str, torch.Tensor], float, dict[st
         )[0]
         loss = ((prediction - prepared.target["velocity"]) ** 2).mean() / GLOBAL_BATCH
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     gradients = {canonical_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     return trainable_parameters(model), total, gradients
 
@@ -134,6 +120,17 @@ def test_dropout_and_activation_checkpointing_change_no_bit_over_stages(tiny, tm
     without = train(tmp_path / "no-dropout", {**settings, "adapter": LORA})
     assert without["steps"] != one["steps"], "dropout did nothing"
     two = train(tmp_path / "2", {**settings, "stages": 2, "activation_checkpointing": True})
+    assert two["steps"] == one["steps"]
+    assert all(torch.equal(two["weights"][name], one["weights"][name]) for name in one["weights"])
+
+
+@pytest.mark.parametrize("adapter", [{**LORA, "dtype": "bfloat16"}, None], ids=["lora", "full"])
+def test_bf16_gives_the_same_bits_on_two_stages(adapter, tiny, tmp_path):
+    model = {"type": "wan", "path": str(tiny("wan-t2v")), "dtype": "bfloat16"}
+    settings = settings_for(tiny("wan-t2v"), model=model, adapter=adapter, optimizer=ADAMW, gradient_clipping=0.02, steps=3)
+    one = train(tmp_path / "1", settings)
+    assert {weight.dtype for weight in one["weights"].values()} >= {torch.bfloat16}
+    two = train(tmp_path / "2", {**settings, "stages": 2})
     assert two["steps"] == one["steps"]
     assert all(torch.equal(two["weights"][name], one["weights"][name]) for name in one["weights"])
 

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from utils.checkpoints.weights import save_safetensors
@@ -197,9 +197,9 @@ class CheckpointManager:
             files = {}
             for kind, tensors in (("weights", weights), ("optimizer", optimizer_tensors)):
                 path = partial / f"{kind}-{self.topology.stage:03d}.safetensors"
-                save_safetensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {})
+                save_safetensors(path, tensors)
                 files[path.name] = _digest(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             return f"stage {self.topology.stage}: {error}"
         return {"files": files, "optimizer": scalars}
 

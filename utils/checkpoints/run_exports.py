@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from utils.checkpoints.tensor_files import SafetensorsFile
 from utils.checkpoints.weights import save_safetensors
 from utils.errors import UserError
 from utils.topology import Topology
@@ -23,11 +23,10 @@ class TensorsOnDisk(Mapping[str, Tensor]):
     """Tensors of several safetensors files, each read when it is asked for."""
 
     def __init__(self, files: list[Path]):
-        self._opened = [safe_open(file, framework="pt") for file in files]
-        self._places = {name: opened for opened in self._opened for name in opened.keys()}  # noqa: SIM118  (not a dict)
+        self._places = {name: file for file in map(SafetensorsFile, files) for name in file.entries}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._places[name].get_tensor(name)
+        return self._places[name].read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -67,9 +66,8 @@ class RunExporter:
             return None
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            share = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            save_safetensors(partial / f"stage-{self.topology.stage:03d}.safetensors", share, {})
-        except (OSError, SafetensorError) as error:
+            save_safetensors(partial / f"stage-{self.topology.stage:03d}.safetensors", weights)
+        except OSError as error:
             return f"stage {self.topology.stage}: {error}"
         return None
 
@@ -79,5 +77,5 @@ class RunExporter:
             folder.mkdir(parents=True, exist_ok=True)
             shares = [partial / f"stage-{stage:03d}.safetensors" for stage in range(self.topology.stages)]
             return self.write(folder, self.run_name, TensorsOnDisk(shares), training), []
-        except (OSError, SafetensorError, UserError) as error:
+        except (OSError, UserError) as error:
             return None, [str(error)]

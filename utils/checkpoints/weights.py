@@ -289,14 +289,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     with path.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for name in ordered:
-            file.write(memoryview(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+            file.write(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
 
 
 def verify_safetensors(path: Path) -> SafetensorsFile:
     """The file, after a look at its size and header by us and by the safetensors library.  UserError if it is not whole."""
-    file = open_tensor_file(path)
+    file = SafetensorsFile(path)
     try:
         with safe_open(path, framework="pt"):
             return file

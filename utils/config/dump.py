@@ -69,7 +69,7 @@ def schema_markdown(families: dict[str, type[ModelOptions]]) -> str:
 
 
 def _section(title: str, table: type[Table], fields: dict[str, FieldInfo]) -> str:
-    lines = [f"### {title}", "", _line(table.__doc__), "", "| key | may be | default | |", "|---|---|---|---|"]
+    lines = [f"### {title}", "", _line(table.__doc__), "", "| key | may be | default | meaning |", "|---|---|---|---|"]
     lines += [f"| `{name}` | {allowed(field)} | {_default(field)} | {_line(field.description)} |" for name, field in fields.items()]
     return "\n".join(lines) + "\n"
 
@@ -104,7 +104,8 @@ def _line(text: str | None) -> str:
     return " ".join((text or "").replace("``", "`").replace("|", "\\|").split())
 
 
-def _main(package: str, readme: Path) -> None:
+def write_tables(package: str, readme: Path) -> None:
+    """Put the tables of the schema and of the package's families between the markers of the file."""
     families = importlib.import_module(package)
     options = {name: families.load_family(name).Options for name in families.family_names()}
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -113,4 +114,4 @@ def _main(package: str, readme: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]))
+    write_tables(sys.argv[1], Path(sys.argv[2]))

@@ -294,9 +294,9 @@ class RunConfig(Table):
     @field_validator("eval_datasets")
     @classmethod
     def _names_differ(cls, value: list[EvalDataset]) -> list[EvalDataset]:
-        names = [entry.name for entry in value]
+        names = ["training", *(entry.name for entry in value)]  # what the training data are called in reports
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"every entry needs a name of its own; given more than once: {', '.join(repeated)}")
+            raise ValueError(f'every entry needs a name of its own, not "training"; taken: {", ".join(repeated)}')
         return value
 
 
@@ -363,6 +363,7 @@ class DatasetConfig(Table):
             return value
         if bare := [str(entry.path) for entry in value if not (entry.resolutions or entry.size_buckets)]:
             raise ValueError(
-                f"give resolutions (or size_buckets) for the whole file or for each directory; there are none for: {', '.join(bare)}"
+                "give resolutions (or size_buckets) for the whole file or for each directory; "
+                f"there are none for: {', '.join(bare)}"
             )
         return value

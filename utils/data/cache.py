@@ -247,15 +247,16 @@ def share_of(inputs: dict[str, Sample], encoder: ConditionEncoder, rank: int, wo
 def _batches_ahead(
     encoder: ConditionEncoder, work: list[tuple[str, Sample]], batch_size: int, broken: dict[Path, MediaError]
 ) -> Iterator[list[tuple[str, EncodeItem]]]:
-    """The work in batches of one bucket each, decoded by threads ahead of the encoder."""
+    """The work in batches, of pixels those of one bucket together, read by threads ahead of the encoder."""
     batch: list[tuple[str, EncodeItem]] = []
-    bucket: Bucket | None = None
+    shape: Bucket | None = None
     for key, sample, item in _items_ahead(encoder, work, broken):
-        if batch and (len(batch) == batch_size or sample.bucket != bucket):
+        item_shape = sample.bucket if encoder.reads == "pixels" else None
+        if batch and (len(batch) == batch_size or item_shape != shape):
             yield batch
             batch = []
         batch.append((key, item))
-        bucket = sample.bucket
+        shape = item_shape
     if batch:
         yield batch
 

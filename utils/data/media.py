@@ -219,7 +219,7 @@ def _decoded(path: Path, timeline: _Timeline, start: Fraction, seek: bool) -> It
             if frame.pts is None and timeline.rate is None:
                 raise MediaError(path, "a frame has no time; convert it to mp4")
             time = index / timeline.rate if timeline.rate else frame.pts * stream.time_base
-            if seek and index == 0 and time > start:  # the file's table of key frames is wrong
+            if seek and index == 0 and time > start:  # some formats are found behind the time asked for
                 yield from _decoded(path, timeline, start, seek=False)
                 return
             yield time, frame

@@ -111,7 +111,8 @@ def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -
         _warn_of_unused(report)
     if not samples:
         raise UserError(
-            listed(ScanReport(reports).lines(), "the data set is empty: nothing in it can be trained on. What was found:")
+            "the data set is empty: nothing in it can be trained on. Add captioned files, or frame_buckets that fit them. Found:\n"
+            + "\n".join(ScanReport(reports).lines())
         )
     return Scan(sorted(samples, key=lambda sample: sample.key), ScanReport(reports))
 

@@ -22,9 +22,3 @@ def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_s
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return SCHEDULES[schedule](min(1.0, done))
-
-
-def total_steps(*, epochs: int | None, steps_per_epoch: int, max_steps: int | None) -> int:
-    """Length of the run in optimizer steps: ``epochs`` or ``max_steps``, whichever comes first.  One of them is given."""
-    by_epochs = None if epochs is None else epochs * steps_per_epoch
-    return min(limit for limit in (max_steps, by_epochs) if limit is not None)

@@ -1,10 +1,10 @@
 """Exported files against the programs that read them, and against everything that can go wrong while they are written."""
 
-import gc
 import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import weakref
@@ -89,7 +89,7 @@ def shapes(weights):
 
 def lora(folder, weights, name="run", **changes):
     arguments = {
-        "expected": shapes(weights),
+        "expected": changes.get("expected") or shapes(weights),
         "key_map": wan_key_map(),
         "fmt": WAN,
         "alpha": ALPHA,
@@ -104,7 +104,7 @@ def lora(folder, weights, name="run", **changes):
 
 def full(folder, weights, name="run", **changes):
     arguments = {
-        "expected": shapes(weights),
+        "expected": changes.get("expected") or shapes(weights),
         "key_map": wan_key_map(),
         "dtype": torch.float32,
         "family": FAMILY,
@@ -170,9 +170,9 @@ def test_scale_is_multiplied_in_fp32_before_the_cast(tmp_path):
 @pytest.mark.parametrize("fmt", [WAN, KOHYA, LoraFormat(prefix="transformer.", names="diffusers", writes_alpha=True)])
 def test_our_reader_gives_back_what_was_written(fmt, tmp_path):
     """Every linear and convolution, in each naming; with `.alpha` or without, the strength is that of the training."""
-    trained = with_adapters(wan(), targets=r".*(to_\w+|to_out\.0|proj|linear_\d|net\.2|proj_out|patch_embedding|time_proj)")
-    weights = adapter_weights(trained)
     modules = [name for name, module in wan().named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv3d)]
+    trained = with_adapters(wan(), targets="|".join(map(re.escape, modules)))
+    weights = adapter_weights(trained)
     path = lora(tmp_path, weights, fmt=fmt)
     read = load_lora(path, modules, wan_key_map())
     assert read.weights.keys() == weights.keys()
@@ -275,7 +275,8 @@ def test_diffusers_loads_a_full_export_as_a_single_file(tmp_path):
     path = full(tmp_path, model.state_dict())
     model.save_config(tmp_path / "config")
     loaded = WanTransformer3DModel.from_single_file(path, config=str(tmp_path / "config"), torch_dtype=torch.float32)
-    assert torch.equal(output(loaded.eval()), output(model))
+    # Not bit-equal: diffusers maps the file, so its tensors are aligned otherwise in memory and some sums have another order.
+    assert (output(loaded.eval()) - output(model)).abs().max() <= 1e-5
 
 
 def test_dtype_of_a_full_export(tmp_path):
@@ -297,7 +298,6 @@ class OneAtATime(Mapping):
         self.reads += 1
         if name == self.fail_at and self.reads > len(self.sizes):  # at the second reading: the file is half written
             raise OSError(5, "Input/output error")
-        gc.collect()
         tensor = torch.full(self.sizes[name], float(len(name)))
         self.alive.add(tensor)
         self.most = max(self.most, len(self.alive))
@@ -413,6 +413,17 @@ def test_values_that_the_cast_makes_infinite(older, tmp_path):
     with pytest.raises(UserError, match=r"(?s)not finite.*and \d+ more"):
         lora(tmp_path, weights, dtype=torch.float16)
     assert_unharmed(older, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_anywhere_is_found(value, dtype, tmp_path):
+    for place in (0, 17, 2 * RANK * 3 - 1):
+        weights = {"out.lora_A.weight": torch.randn(RANK, 6), "out.lora_B.weight": torch.randn(6, RANK)}
+        weights["out.lora_A.weight"].view(-1)[place] = value
+        with pytest.raises(UserError, match=r"proj\.lora_A\.weight holds values that are not finite"):
+            lora(tmp_path, weights, key_map=SWAPPED, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_export(tmp_path):

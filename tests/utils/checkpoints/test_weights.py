@@ -185,13 +185,15 @@ from utils.checkpoints.weights import WeightSource, materialise
 def kibibytes(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
+blocks, dtype, widths = 16, getattr(torch, sys.argv[2]), (1024, 1024, 1024, 1024, 4096, 4096)
 with torch.device("meta"):
-    dtype = getattr(torch, sys.argv[2])
-    model = torch.nn.ModuleList(torch.nn.Linear(2048, 2048, bias=False, dtype=dtype) for _ in range(48))
+    model = torch.nn.ModuleList(
+        torch.nn.ModuleList(torch.nn.Linear(1024, width, bias=False, dtype=dtype) for width in widths) for _ in range(blocks)
+    )
 before = kibibytes("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-source = WeightSource(Path(sys.argv[1]), KeyMap([Rename("{i}.weight", "layer.{i}.weight")]))
-materialise(model, [f"{i}.weight" for i in range(0, 48, 2)], source, device="cpu")
+source = WeightSource(Path(sys.argv[1]), KeyMap([Rename("{i}.{j}.weight", "block.{i}.{j}.weight")]))
+materialise(model, [f"{i}.{j}.weight" for i in range(0, blocks, 2) for j in range(len(widths))], source, device="cpu")
 print(kibibytes("VmHWM") - before, kibibytes("VmRSS") - before)
 """
 
@@ -202,9 +204,10 @@ print(kibibytes("VmHWM") - before, kibibytes("VmRSS") - before)
     [("safetensors", "bfloat16", 192, 0), ("pth", "bfloat16", 192, 64 + 8), ("safetensors", "float32", 384, 8)],
 )
 def test_host_memory_stays_near_what_is_asked_for(ending, dtype, asked, mapped, tmp_path, process_environment):
-    """Half of 384 MiB of bf16 weights is asked for, in tensors of 8 MiB; of a pickled file up to 64 MiB are mapped at a time."""
+    """Half of 384 MiB of bf16 is asked for, in tensors of 2 and 8 MiB; of a pickled file up to 64 MiB are mapped at a time."""
     path = tmp_path / f"model.{ending}"
-    state = {f"layer.{i}.weight": torch.zeros(2048, 2048, dtype=torch.bfloat16) for i in range(48)}
+    widths = (1024, 1024, 1024, 1024, 4096, 4096)
+    state = {f"block.{i}.{j}.weight": torch.zeros(w, 1024, dtype=torch.bfloat16) for i in range(16) for j, w in enumerate(widths)}
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
     command = [sys.executable, "-c", MEASURE, path, dtype]
     result = subprocess.run(command, capture_output=True, text=True, env=process_environment, check=True)

@@ -63,9 +63,9 @@ class Files:
         return caught.value.problems
 
     @staticmethod
-    def main(*lines: str, **tables: str) -> str:
+    def main(*lines: str, top: str = "", **tables: str) -> str:
         """The valid main file with more lines at its top, or at the top of a table."""
-        text = "\n".join([*lines, MAIN])
+        text = "\n".join([*lines, *([top] if top else []), MAIN])
         for table, line in tables.items():
             assert f"[{table}]\n" in text
             text = text.replace(f"[{table}]\n", f"[{table}]\n{line}\n")

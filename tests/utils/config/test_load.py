@@ -1,10 +1,16 @@
 """What the loader makes of good files, and what it says of every kind of mistake."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from utils.config.load import ConfigError, load_config
+from utils.config.diffusion_pipe import MONITORING, NO_EFFECT, REFUSED, RENAMED
+from utils.config.dump import TABLES
+from utils.config.load import ConfigError, LoadedConfig, load_config
 
 
 def test_the_smallest_config(files, family_options):
@@ -163,10 +169,8 @@ ONE_MISTAKE = {
 @pytest.mark.parametrize("case", ONE_MISTAKE)
 def test_one_mistake_in_the_main_file(files, case):
     changes, expected = ONE_MISTAKE[case]
-    top = changes.pop("top", None) if (changes := dict(changes)) else None
-    problems = files.problems(files.main(*([top] if top else []), **changes))
-    assert len(problems) == 1
-    assert problems[0].startswith(expected)
+    (problem,) = files.problems(files.main(**changes))
+    assert problem.startswith(expected)
 
 
 def test_rank_0(files):
@@ -282,7 +286,7 @@ COMBINATIONS = {
     ),
     "two eval datasets of one name": (
         {"top": 'eval_datasets = [{name = "a", config = "data.toml"}, {name = "a", config = "data.toml"}]'},
-        "main.toml:1: eval_datasets: every entry needs a name of its own; given more than once: a",
+        'main.toml:1: eval_datasets: every entry needs a name of its own, not "training"; taken: a',
     ),
 }
 
@@ -290,9 +294,7 @@ COMBINATIONS = {
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_impossible_combinations(files, case):
     changes, expected = COMBINATIONS[case]
-    changes = dict(changes)
-    top = changes.pop("top", None)
-    (problem,) = files.problems(files.main(*([top] if top else []), **changes))
+    (problem,) = files.problems(files.main(**changes))
     assert problem.startswith(expected)
 
 
@@ -463,3 +465,34 @@ class TestOverrides:
         (problem,) = files.problems(files.main(), files.data(), "wandb.api_key=c0ffee")
         assert "c0ffee" not in problem
         assert "WANDB_API_KEY" in problem
+
+
+NAMES = st.sampled_from(
+    sorted(
+        {name for table in TABLES.values() for name in table.model_fields}
+        | {part for key in [*RENAMED, *NO_EFFECT, *REFUSED] for part in key.split(".")}
+        | {*MONITORING, "enable_wandb", "0", "no such key"}
+    )
+)
+VALUES = st.recursive(
+    st.sampled_from([0, 1, 1.5, -3, True, "", "manual", "latest", "tiny", "unsloth", "data.toml", "main.toml", "nowhere.toml"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=8,
+)
+DOCUMENTS = st.dictionaries(NAMES, VALUES, max_size=8)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(main=DOCUMENTS, data=DOCUMENTS, override=st.tuples(st.lists(NAMES, min_size=1, max_size=3), VALUES))
+def test_whatever_stands_in_the_files_is_answered(family_options, main, data, override):
+    """A config, or one error that names a place for each problem: never another exception."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("main.toml").write_text(tomli_w.dumps({"dataset": "data.toml", "model": {"type": "tiny"}} | main))
+        Path("data.toml").write_text(tomli_w.dumps(data))
+        assignment = f"{'.'.join(override[0])}={tomli_w.dumps({'': override[1]}).partition(' = ')[2]}"
+        try:
+            assert isinstance(load_config(Path("main.toml"), family_options, [assignment]), LoadedConfig)
+        except ConfigError as error:
+            for problem in error.problems:
+                assert problem.startswith(("main.toml:", "data.toml:", "nowhere.toml:", "--set "))

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -58,6 +58,7 @@ def test_frames_are_counted_where_the_header_does_not_say(write_clip, name: str,
     assert info.fps == pytest.approx(25, rel=1e-3)
 
 
+@settings(deadline=None)
 @given(
     frames=st.integers(1, 300),
     fps=st.sampled_from([8, 16, 24, 30]),
@@ -129,11 +130,36 @@ def test_uneven_times_are_followed(write_clip):
 
 
 def test_avi_with_b_frames_is_in_order(write_clip):
-    """ffmpeg reports such a file's times in the order of decoding."""
-    avi, mp4 = write_clip("a.avi", options={"bf": "3"}), write_clip("a.mp4", options={"bf": "3"})
-    for mode in ("single_beginning", "single_middle"):
-        pixels = [load_pixels(path, Bucket(64, 32, 9), 16.0, mode) for path in (avi, mp4)]
-        assert torch.equal(*pixels)
+    """ffmpeg decodes such a file in the right order, and reports its times in the order of decoding."""
+    path = write_clip("a.avi", options={"bf": "3"})
+    with av.open(str(path)) as container:
+        times = [frame.pts for frame in container.decode(video=0)]
+    assert times != sorted(times)
+    sources = all_frames(path)
+    for mode, start in {"single_beginning": Fraction(0), "single_middle": (Fraction(39, 25) - Fraction(1, 2)) / 2}.items():
+        pixels = load_pixels(path, Bucket(320, 128, 9), 16.0, mode)
+        expected = [sources[index].crop((0, 4, 320, 132)) for index in nearest_indices(9, Fraction(25), 16, start)]
+        np.testing.assert_array_equal(to_bytes(pixels), np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mkv", "libx264"),
+        ("a.webm", "libvpx"),
+        ("a.mov", "libx264"),
+        ("a.flv", "flv"),
+        ("a.mpg", "mpeg2video"),
+        ("a.wmv", "wmv2"),
+    ],
+)
+def test_the_middle_in_other_containers(write_clip, name: str, codec: str):
+    """ffmpeg's seeking is not equally good in all of them: in ``.mpg`` it lands behind the time that was asked for."""
+    path = write_clip(name, frames=60, codec=codec, options={"g": "12"})
+    sources = all_frames(path)
+    indices = nearest_indices(17, Fraction(25), 16, start=(Fraction(59, 25) - 1) / 2)
+    pixels = load_pixels(path, Bucket(320, 128, 17), 16.0, "single_middle")
+    np.testing.assert_array_equal(to_bytes(pixels), np.stack([sources[index].crop((0, 4, 320, 132)) for index in indices]))
 
 
 @pytest.mark.parametrize("mirror", [{}, {"hflip": True}])

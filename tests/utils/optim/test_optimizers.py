@@ -2,6 +2,8 @@
 
 import json
 import sys
+import tomllib
+from pathlib import Path
 
 import optimi
 import prodigyopt
@@ -14,7 +16,7 @@ from torch import nn
 
 from utils.config.schema import OptimizerConfig
 from utils.errors import UserError
-from utils.optim.kinds import OPTIMIZERS
+from utils.optim.kinds import OPTIMIZERS, find_kind
 from utils.optim.optimizers import RunOptimizer, couples_parameters, optimizer_problems
 
 # Sizes that are no multiple of a vector register or of a quantisation block, and some large enough for 8-bit state.
@@ -490,6 +492,12 @@ def test_a_missing_package(type_, module, extra, monkeypatch):
     assert f'pip install -e ".[{extra}]"' in problem
     with pytest.raises(UserError, match="pip install"):
         RunOptimizer(parameters(), config(type_))
+
+
+def test_every_extra_is_one_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    named = {kind.extra for kind in OPTIMIZERS.values() if kind.extra} | {find_kind("Lion").extra}
+    assert named <= project["optional-dependencies"].keys()
 
 
 def test_the_check_leaves_the_random_state_alone():

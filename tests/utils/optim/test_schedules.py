@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.config.schema import RunConfig
-from utils.optim.schedules import SCHEDULES, learning_rate_factor, total_steps
+from utils.optim.schedules import SCHEDULES, learning_rate_factor
 
 
 def factors(schedule, warmup, total, beyond=0):
@@ -54,10 +54,3 @@ def test_the_first_step_of_a_warm_up_moves():
 
 def test_a_run_that_ends_in_the_warm_up():
     assert factors("cosine", 10, 3) == pytest.approx([0.1, 0.2, 0.3, 0.4])
-
-
-def test_whichever_limit_comes_first():
-    assert total_steps(epochs=3, steps_per_epoch=10, max_steps=None) == 30
-    assert total_steps(epochs=None, steps_per_epoch=10, max_steps=7) == 7
-    assert total_steps(epochs=3, steps_per_epoch=10, max_steps=7) == 7
-    assert total_steps(epochs=3, steps_per_epoch=10, max_steps=70) == 30

@@ -1,0 +1,99 @@
+"""What every variant of every family must fulfil.  New families are found by themselves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import family_names, load_family
+from utils.adapters.manager import AdapterManager
+from utils.checkpoints.weights import check_names
+from utils.config.schema import AdapterConfig
+from utils.errors import UserError
+
+VARIANTS = [(name, variant) for name in family_names() for variant in load_family(name).variants]
+
+
+@pytest.fixture(params=VARIANTS, ids=[variant for _, variant in VARIANTS])
+def family(request, tmp_path):
+    name, variant = request.param
+    Family = load_family(name)
+    Family.write_tiny(variant, tmp_path, "diffusers", seed=0)
+    return Family(Family.Options(type=name, path=tmp_path, dtype="float32"))
+
+
+def on_meta(family) -> torch.nn.Module:
+    with torch.device("meta"):
+        return family.build_transformer()
+
+
+def test_every_parameter_belongs_to_exactly_one_layer(family):
+    transformer = on_meta(family)
+    owned = [id(parameter) for layer in family.layers(transformer) for parameter in layer.parameters()]
+    assert len(owned) == len(set(owned))
+    assert set(owned) == {id(parameter) for parameter in transformer.parameters()}
+
+
+def test_the_files_hold_exactly_the_model(family):
+    expected = {name: tuple(tensor.shape) for name, tensor in on_meta(family).state_dict().items()}
+    assert check_names(family.weights(), expected) == []
+
+
+def test_every_key_goes_to_the_release_and_back(family):
+    key_map = family.key_map()
+    state = {name: torch.randn(info.shape) for name, info in family.weights().names().items()}
+    back = key_map.to_diffusers(key_map.to_released(state))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_the_default_adapter_is_on_linear_layers_of_every_block(family):
+    transformer = on_meta(family)
+    names = AdapterManager(AdapterConfig(rank=2), family.adapter_targets).target_names(transformer)
+    modules = dict(transformer.named_modules())
+    assert all(isinstance(modules[name], torch.nn.Linear) for name in names)
+    blocks = {name.split(".")[1] for name in modules if name.startswith("blocks.")}
+    assert {name.split(".")[1] for name in names} == blocks
+
+
+def test_adapters_begin_as_nothing_and_depend_on_seed_and_name_alone(family):
+    transformer = on_meta(family)
+    manager = AdapterManager(AdapterConfig(rank=2, target_modules=["to_q"]), family.adapter_targets)
+    manager.attach(transformer)
+    from utils.adapters.manager import trainable_parameters
+
+    wanted = trainable_parameters(transformer)
+    values = manager.first_values(wanted.items(), seed=3)
+    some = dict(list(wanted.items())[4:6])
+    assert all(torch.equal(value, values[name]) for name, value in manager.first_values(some.items(), seed=3).items())
+    for name, value in values.items():
+        assert bool(value.any()) == (".lora_A." in name)
+    other = manager.first_values(wanted.items(), seed=4)
+    assert any(not torch.equal(other[name], values[name]) for name in values)
+
+
+def test_released_and_comfy_files_are_the_same_model(family, tmp_path):
+    name = family.options.type
+    reference = family.weights()
+    for layout in ("released", "comfy"):
+        folder = tmp_path / layout
+        type(family).write_tiny(family.variant, folder, layout, seed=0)
+        other = type(family)(type(family).Options(type=name, path=folder, dtype="float32"))
+        assert other.variant == family.variant
+        assert other.config == family.config
+        source = other.weights()
+        assert all(torch.equal(source.read(key), reference.read(key)) for key in reference.names())
+
+
+def test_a_folder_without_a_model_says_what_is_missing(family, tmp_path):
+    (tmp_path / "empty").mkdir()
+    Family = type(family)
+    with pytest.raises(UserError) as raised:
+        Family(Family.Options(type=family.options.type, path=tmp_path / "empty"))
+    for key in ("transformer_path", "vae_path", "text_encoder_path"):
+        assert key in str(raised.value)
+
+
+def test_no_user_path_is_in_the_export_metadata(family):
+    assert "modelspec.architecture" in family.export_metadata()
+    assert str(Path.home()) not in str(family.export_metadata())

@@ -1,0 +1,319 @@
+"""Finding the parts of a Wan model in each layout, and what is said when something is missing or does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from models.wan import sizes
+from models.wan.files import find_files, transformer_config, variant_of
+from models.wan.keys import wan_key_map
+from models.wan.tiny import VARIANTS, write_tiny
+from utils.checkpoints.tensor_files import TensorInfo
+from utils.checkpoints.weights import WeightSource
+from utils.config.schema import ModelOptions
+from utils.errors import UserError
+
+LAYOUTS = ("diffusers", "released", "comfy")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder of each (layout, variant); not to be changed by tests."""
+    root = tmp_path_factory.mktemp("wan")
+    for layout in LAYOUTS:
+        for variant in VARIANTS:
+            write_tiny(variant, root / layout / variant, layout, seed=0)
+    return root
+
+
+@pytest.fixture
+def model(models, tmp_path):
+    """A copy of an image-to-video model that a test may spoil."""
+
+    def copy(layout):
+        return Path(shutil.copytree(models / layout / "wan-i2v", tmp_path / layout))
+
+    return copy
+
+
+def options(**keys):
+    return ModelOptions(type="wan", **keys)
+
+
+def error_of(**keys):
+    with pytest.raises(UserError) as caught:
+        find_files(options(**keys))
+    return str(caught.value)
+
+
+def names_of(build):
+    with torch.device("meta"):
+        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in build().state_dict().items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_found_and_means_the_same_transformer(models, layout, variant):
+    files = find_files(options(path=models / layout / variant))
+    config = transformer_config(files)
+    assert variant_of(config) == variant
+    assert (files.image_encoder is not None) == (variant == "wan-i2v")
+    saved = WanTransformer3DModel.load_config(models / "diffusers" / variant / "transformer")
+    built = dict(WanTransformer3DModel.from_config(config).config)
+    assert {name: saved[name] for name in config} == {name: json.loads(json.dumps(built[name])) for name in config}
+
+    source = WeightSource(files.transformer, wan_key_map())
+    expected = load_file(models / "diffusers" / variant / "transformer/diffusion_pytorch_model.safetensors")
+    assert source.names().keys() == expected.keys()
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
+
+
+def test_single_files_need_no_folder(models):
+    comfy, released = models / "comfy/wan-i2v", models / "released/wan-i2v"
+    files = find_files(
+        options(
+            transformer_path=comfy / "diffusion_models/wan2.1_i2v_tiny.safetensors",
+            vae_path=released / "Wan2.1_VAE.pth",
+            text_encoder_path=comfy / "text_encoders/umt5_xxl_fp16.safetensors",
+            image_encoder_path=released / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        )
+    )
+    assert files.vae == released / "Wan2.1_VAE.pth"
+    assert files.tokenizer.path == comfy / "text_encoders/umt5-xxl/tokenizer.json"  # beside the text encoder
+    assert variant_of(transformer_config(files)) == "wan-i2v"
+
+
+def test_a_named_part_overrides_the_folder(models):
+    diffusers, released = models / "diffusers/wan-i2v", models / "released/wan-i2v"
+    files = find_files(options(path=diffusers, vae_path=released / "Wan2.1_VAE.pth", tokenizer_path=released / "google/umt5-xxl"))
+    assert files.vae == released / "Wan2.1_VAE.pth"
+    assert files.tokenizer.path == released / "google/umt5-xxl/tokenizer.json"
+    assert files.transformer == diffusers / "transformer"
+    assert files.image_processor == diffusers / "image_processor/preprocessor_config.json"
+
+
+def test_a_flat_folder_of_comfy_files(models, tmp_path):
+    for file in (models / "comfy/wan-i2v").rglob("*"):
+        if file.is_file():
+            shutil.copy(file, tmp_path / file.name)
+    files = find_files(options(path=tmp_path))
+    assert [files.transformer.name, files.vae.name] == ["wan2.1_i2v_tiny.safetensors", "wan_2.1_vae.safetensors"]
+    assert [files.text_encoder.name, files.image_encoder.name] == ["umt5_xxl_fp16.safetensors", "clip_vision_h.safetensors"]
+
+
+def test_checkpoint_prefix(model):
+    path = model("comfy") / "diffusion_models/wan2.1_i2v_tiny.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    files = find_files(options(path=path.parents[1]))
+    assert transformer_config(files)["in_channels"] == 36
+
+
+def test_comfy_folder_with_files_of_other_models(model):
+    """Each part is chosen by what the files hold: a FLUX VAE, a T5 of FLUX (no position bias above layer 0), a wider CLIP."""
+    comfy = model("comfy")
+    save_file({"encoder.down.0.block.0.conv1.weight": torch.zeros(4, 4)}, comfy / "vae/ae.safetensors")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, comfy / "diffusion_models/flux1-dev.safetensors")
+    text = load_file(comfy / "text_encoders/umt5_xxl_fp16.safetensors")
+    bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    save_file({name: tensor for name, tensor in text.items() if name != bias}, comfy / "text_encoders/t5xxl_fp16.safetensors")
+    wider = CLIPVisionConfig(hidden_size=240, intermediate_size=240, num_hidden_layers=2, num_attention_heads=3, patch_size=14)
+    state = {f"vision_model.{name}": tensor for name, tensor in CLIPVisionModel(wider).state_dict().items()}
+    save_file(state, comfy / "clip_vision/clip_vision_g.safetensors")
+
+    files = find_files(options(path=comfy))
+    assert [files.vae.name, files.text_encoder.name] == ["wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors"]
+    assert [files.transformer.name, files.image_encoder.name] == ["wan2.1_i2v_tiny.safetensors", "clip_vision_h.safetensors"]
+
+
+def test_released_sizes_are_read_from_the_tensors_alone():
+    large = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+    for given in (
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        {**large, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    ):
+        with torch.device("meta"):
+            module = WanTransformer3DModel(**given)
+        names = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()}
+        config = sizes.transformer_config(names, None)
+        assert config == {name: module.config[name] for name in config}
+
+    umt5 = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    config = sizes.t5_config(names_of(lambda: UMT5EncoderModel(UMT5Config(**umt5))), None)
+    assert config == {"tie_word_embeddings": True, "relative_attention_num_buckets": 32, **umt5}
+
+    clip = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
+    config = sizes.clip_config(names_of(lambda: CLIPVisionModel(CLIPVisionConfig(**clip))), None)
+    assert config == {**clip, "image_size": 224, "hidden_act": "gelu"}
+    assert sizes.vae_config(names_of(AutoencoderKLWan), None) == {"base_dim": 96, "z_dim": 16}
+
+
+def test_all_missing_parts_are_reported_together(model):
+    folder = model("released")
+    for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "google")
+    message = error_of(path=folder)
+    for key in ("vae", "text_encoder", "image_encoder", "tokenizer"):
+        assert f"model.{key}_path" in message
+    assert "model.transformer_path" not in message
+    assert f"no Wan 2.1 VAE in {folder}; looked for vae/diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth" in message
+    assert "google/umt5-xxl" in message
+    assert "https://huggingface.co/google/umt5-xxl" in message
+
+
+def test_nothing_named():
+    message = error_of()
+    assert [line for line in message.splitlines() if "set model.path (a folder) or model.vae_path" in line]
+    assert "no tokenizer; name its folder with model.tokenizer_path" in message
+
+
+def test_a_path_that_is_no_folder(models, tmp_path):
+    assert f"model.path = {tmp_path / 'gone'} does not exist" in error_of(path=tmp_path / "gone")
+    file = models / "comfy/wan-t2v/vae/wan_2.1_vae.safetensors"
+    assert "is a file; single files are named with model.transformer_path" in error_of(path=file)
+
+
+def test_several_candidates(model):
+    comfy = model("comfy")
+    for ending in ("safetensors", "json"):
+        shutil.copy(comfy / f"diffusion_models/wan2.1_i2v_tiny.{ending}", comfy / f"diffusion_models/other.{ending}")
+    message = error_of(path=comfy)
+    assert "diffusion_models/other.safetensors, diffusion_models/wan2.1_i2v_tiny.safetensors" in message
+    assert "choose one with model.transformer_path" in message
+    chosen = comfy / "diffusion_models/other.safetensors"
+    assert find_files(options(path=comfy, transformer_path=chosen)).transformer == chosen
+
+
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"])
+def test_truncated_safetensors(model, name):
+    file = model("diffusers") / name
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    message = error_of(path=file.parents[1])
+    assert f"{file} has {len(content) // 2} bytes; by its header it should have {len(content)}" in message
+
+
+def test_truncated_pth(model):
+    file = model("released") / "Wan2.1_VAE.pth"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    message = error_of(path=file.parent)
+    assert "name it with model.vae_path" in message
+    assert f"{file} is not a whole file" in message
+
+
+def test_incomplete_part(model):
+    file = model("comfy") / "text_encoders/umt5_xxl_fp16.safetensors"
+    state = load_file(file)
+    del state["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+    save_file(state, file)
+    message = error_of(text_encoder_path=file)
+    assert f"model.text_encoder_path: {file} is not a whole UMT5 text encoder" in message
+    assert "1 weight is missing: encoder.block.1.layer.1.DenseReluDense.wo.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "FLUX or HunyuanVideo"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("txt_norm.weight", "Qwen-Image"),
+    ],
+)
+def test_weights_of_another_family(models, tmp_path, key, what):
+    file = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(4)}, file)
+    message = error_of(path=models / "comfy/wan-t2v", transformer_path=file)
+    assert f"model.transformer_path: {file} holds {what}, which type = 'wan' does not train" in message
+
+
+def test_a_part_of_wan_under_the_wrong_key(models):
+    comfy = models / "comfy/wan-t2v"
+    message = error_of(path=comfy, transformer_path=comfy / "vae/wan_2.1_vae.safetensors")
+    assert "does not hold weights of this model" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda state: state | {"img_emb.emb_pos": torch.zeros(1, 514, 160)}, "first and last frame to video (flf2v)"),
+        (lambda state: {name: t for name, t in state.items() if "img" not in name}, "Wan 2.2 I2V-A14B"),
+        (lambda state: state | {"vace_blocks.0.before_proj.weight": torch.zeros(1)}, "Wan VACE"),
+        (lambda state: state | {"patch_embedding.weight": torch.zeros(24, 48, 1, 2, 2)}, "Wan Fun Control"),
+        (
+            lambda state: state | {"patch_embedding.weight": torch.zeros(24, 20, 1, 2, 2)},
+            "an unknown Wan model with 20 channels in",
+        ),
+    ],
+)
+def test_other_models_of_wan_are_recognised(model, change, what):
+    file = model("comfy") / "diffusion_models/wan2.1_i2v_tiny.safetensors"
+    config = json.loads(file.with_suffix(".json").read_text())
+    del config["in_dim"]
+    file.with_suffix(".json").write_text(json.dumps(config))
+    save_file(change(load_file(file)), file)
+    message = error_of(path=file.parents[1])
+    assert what in message
+    assert "which is not supported yet" in message or "which type = 'wan' does not train" in message
+
+
+def test_wan_22_with_48_channels():
+    with pytest.raises(UserError, match=r"Wan 2\.2 TI2V-5B, which is not supported yet"):
+        variant_of({"in_channels": 48, "out_channels": 48})
+
+
+@pytest.mark.parametrize("folder", ["transformer_2", "high_noise_model"])
+def test_two_transformers_are_wan_22(model, folder):
+    root = model("diffusers")
+    (root / folder).mkdir()
+    assert f"Wan 2.2 A14B ({folder}/), which is not supported yet" in error_of(path=root)
+
+
+def test_config_of_another_model(model):
+    root = model("released")
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**config, "num_layers": 40, "dim": 5120}))
+    message = error_of(path=root)
+    assert "config.json is of another model" in message
+    assert "num_layers: 40 in config.json, 4 by the weights" in message
+    assert "dim: 5120 in config.json, 24 by the weights" in message
+
+
+def test_unknown_number_of_heads(model):
+    root = model("comfy")
+    (root / "diffusion_models/wan2.1_i2v_tiny.json").unlink()
+    assert "its width 24 is not a multiple of 128" in error_of(path=root)
+
+
+def test_text_encoder_of_another_model(models, tmp_path):
+    build = UMT5EncoderModel(UMT5Config(vocab_size=128, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+    file = tmp_path / "other.safetensors"
+    save_file({name: tensor for name, tensor in build.state_dict().items() if "embed_tokens" not in name}, file)
+    message = error_of(path=models / "comfy/wan-t2v", text_encoder_path=file)
+    assert f"{file} has the width 48, the transformer wants 32" in message
+
+
+def test_image_encoder_for_text_to_video_warns(models, caplog):
+    clip = models / "comfy/wan-i2v/clip_vision/clip_vision_h.safetensors"
+    assert find_files(options(path=models / "comfy/wan-t2v", image_encoder_path=clip)).image_encoder is None
+    assert "model.image_encoder_path has no effect" in caplog.text
+
+
+def test_tokenizer_path_without_tokenizer(models, tmp_path):
+    message = error_of(path=models / "released/wan-t2v", tokenizer_path=tmp_path)
+    assert f"model.tokenizer_path = {tmp_path}: there is no tokenizer.json and no spiece.model" in message
+
+
+def test_sentencepiece_is_asked_for_before_anything_is_loaded(model, monkeypatch):
+    root = model("released")
+    (root / "google/umt5-xxl/tokenizer.json").rename(root / "google/umt5-xxl/spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = error_of(path=root)
+    assert 'pip install "flowstage[sentencepiece]"' in message
+    assert "model.tokenizer_path" in message

@@ -1,0 +1,197 @@
+"""Files of diffusion-pipe: read with a notice, or refused with the way out, and never passed over in silence."""
+
+from pathlib import Path
+
+import pytest
+
+from utils.config.diffusion_pipe import DATASET_REFUSED, NO_EFFECT, REFUSED, RENAMED
+from utils.config.schema import AdapterConfig, DatasetConfig, DirectoryConfig, ModelOptions, RunConfig, WandbConfig
+
+TABLES = {"": RunConfig, "model": ModelOptions, "adapter": AdapterConfig, "wandb": WandbConfig}
+
+# The keys of its examples/main_example.toml with a value each, for a model that there is here.
+MAIN_EXAMPLE = """\
+output_dir = '/data/runs'
+dataset = 'data.toml'
+epochs = 1000
+micro_batch_size_per_gpu = 1
+pipeline_stages = 1
+gradient_accumulation_steps = 1
+gradient_clipping = 1.0
+warmup_steps = 100
+lr_scheduler = 'linear'
+blocks_to_swap = 20
+eval_every_n_epochs = 1
+eval_before_first_step = true
+eval_micro_batch_size_per_gpu = 1
+eval_gradient_accumulation_steps = 1
+save_every_n_epochs = 2
+checkpoint_every_n_minutes = 120
+activation_checkpointing = 'unsloth'
+reentrant_activation_checkpointing = true
+partition_method = 'parameters'
+save_dtype = 'bfloat16'
+caching_batch_size = 1
+map_num_proc = 32
+compile = true
+steps_per_print = 1
+video_clip_mode = 'single_middle'
+x_axis_examples = true
+[model]
+type = 'tiny'
+ckpt_path = '/data/models/some'
+llm_path = '/data/models/text.safetensors'
+clip_path = '/data/models/clip'
+dtype = 'bfloat16'
+timestep_sample_method = 'logit_normal'
+[adapter]
+type = 'lora'
+rank = 32
+dtype = 'bfloat16'
+[optimizer]
+type = 'adamw_optimi'
+lr = 2e-5
+betas = [0.9, 0.99]
+weight_decay = 0.01
+eps = 1e-8
+[monitoring]
+enable_wandb = true
+wandb_api_key = ''
+wandb_tracker_name = 'project'
+wandb_run_name = ''
+"""
+
+
+def test_its_example(files):
+    loaded = files.load(MAIN_EXAMPLE)
+    run = loaded.run
+    assert run.model.path == Path("/data/models/some")
+    assert run.model.text_encoder_path == Path("/data/models/text.safetensors")
+    assert run.model.image_encoder_path == Path("/data/models/clip")
+    assert run.activation_checkpointing is True
+    assert run.optimizer.betas == (0.9, 0.99)
+    assert run.wandb == WandbConfig(project="project")
+    assert loaded.dataset.video_clip_mode == "single_middle"
+    about = {notice.split(": ")[1].split(" ")[0]: int(notice.split(":")[1]) for notice in loaded.notices}
+    assert about == {
+        "blocks_to_swap": 10,
+        "eval_every_n_epochs": 11,
+        "eval_micro_batch_size_per_gpu": 13,
+        "eval_gradient_accumulation_steps": 14,
+        "activation_checkpointing": 17,
+        "reentrant_activation_checkpointing": 18,
+        "caching_batch_size": 21,
+        "map_num_proc": 22,
+        "compile": 23,
+        "steps_per_print": 24,
+        "video_clip_mode": 25,
+        "x_axis_examples": 26,
+        "model.ckpt_path": 29,
+        "model.llm_path": 30,
+        "model.clip_path": 31,
+        "[monitoring]": 44,
+    }
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_other_names(files, old):
+    new = RENAMED[old].removeprefix("model.")
+    main = files.main(model=f'{old.removeprefix("model.")} = "there"').replace('path = "weights"\n', "")
+    loaded = files.load(main)
+    assert getattr(loaded.run.model, new) == Path("there")
+    assert loaded.notices == [f"main.toml:6: {old} is read as model.{new}"]
+
+
+def test_another_name_beside_ours(files):
+    assert files.problems(files.main(model='ckpt_path = "there"')) == [
+        "main.toml:6: model.ckpt_path is another name for model.path, which is given too; remove one of them"
+    ]
+
+
+def test_two_other_names_for_one_key(files):
+    main = files.main(model='ckpt_path = "a"\ndiffusers_path = "b"').replace('path = "weights"\n', "")
+    (problem,) = files.problems(main)
+    assert problem.startswith("main.toml:7: model.diffusers_path is another name for model.path")
+
+
+def test_a_wrong_value_under_another_name_is_reported_where_it_stands(files):
+    main = files.main(model="ckpt_path = 3").replace('path = "weights"\n', "")
+    assert files.problems(main) == ["main.toml:6: model.path must be a path in quotes, got the whole number 3"]
+
+
+@pytest.mark.parametrize("key", NO_EFFECT)
+def test_keys_without_effect(files, key):
+    loaded = files.load(files.main(f"{key} = 7"))
+    assert loaded.run == files.load().run
+    assert loaded.notices == [f"main.toml:1: {key} = 7 has no effect here: {NO_EFFECT[key]}"]
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_refused_keys(files, key):
+    table, _, name = key.rpartition(".")
+    line = f'{name} = "c0ffee"'
+    if table in ("monitoring", "wandb"):
+        problems = files.problems(files.main() + f"[{table}]\n{line}\n")
+    else:
+        problems = files.problems(files.main(**{table or "top": line}))
+    assert len(problems) == 1
+    assert problems[0].endswith(f": {key} is not read here: {REFUSED[key]}")
+    assert "c0ffee" not in problems[0]
+
+
+@pytest.mark.parametrize("key", DATASET_REFUSED)
+def test_refused_keys_of_the_dataset_file(files, key):
+    way_out = DATASET_REFUSED[key]
+    assert files.problems(files.main(), files.data(f"{key} = 1", directory=f"{key} = 2\n")) == [
+        f"data.toml:1: {key} is not read here: {way_out}",
+        f"data.toml:6: directory[0].{key} is not read here: {way_out}",
+    ]
+
+
+def test_the_tables_name_keys_that_are_not_ours_and_lead_to_ours():
+    for old, new in RENAMED.items():
+        table, _, name = new.rpartition(".")
+        assert name in TABLES[table].model_fields
+        assert old.rpartition(".")[2] not in TABLES[table].model_fields
+    for key in [*NO_EFFECT, *REFUSED]:
+        table, _, name = key.rpartition(".")
+        assert table == "monitoring" or name not in TABLES[table].model_fields
+    assert not DATASET_REFUSED.keys() & (DatasetConfig.model_fields.keys() | DirectoryConfig.model_fields.keys())
+
+
+def test_monitoring_that_is_off(files):
+    loaded = files.load(files.main() + "[monitoring]\nenable_wandb = false\nwandb_tracker_name = 'x'\n")
+    assert loaded.run.wandb is None
+    assert loaded.notices == [
+        "main.toml:15: [monitoring] has no effect, since enable_wandb is not true; the table is called [wandb] here"
+    ]
+
+
+def test_monitoring_mistakes(files):
+    main = files.main() + '[monitoring]\nenable_wandb = "yes"\nwandb_tracker_nam = "x"\n'
+    assert files.problems(main) == [
+        "main.toml:16: monitoring.enable_wandb must be true or false, got the string 'yes'",
+        "main.toml:17: monitoring.wandb_tracker_nam is not a key of [monitoring]; did you mean `wandb_tracker_name`?",
+    ]
+    assert files.problems(files.main() + "[monitoring]\nenable_wandb = true\n[wandb]\n") == [
+        "main.toml:15: [monitoring] is another name for [wandb], which is given too; remove one of them"
+    ]
+
+
+def test_clip_mode_of_the_main_file(files):
+    main = files.main(
+        'video_clip_mode = "single_middle"',
+        'eval_datasets = ["held.toml"]',
+    )
+    loaded = files.load(main, files.data('video_clip_mode = "single_beginning"'), held=files.data())
+    assert loaded.dataset.video_clip_mode == "single_beginning"
+    assert loaded.eval_datasets["eval0"].video_clip_mode == "single_middle"
+    assert loaded.notices == [
+        'main.toml:2: eval_datasets[0] has no name and is called "eval0"',
+        "main.toml:1: video_clip_mode is a key of the dataset file; it is read as if it stood there",
+    ]
+
+
+def test_a_wrong_clip_mode_is_reported_where_it_stands(files):
+    (problem,) = files.problems(files.main('video_clip_mode = "multiple_overlapping"'))
+    assert problem.startswith('main.toml:1: video_clip_mode must be one of "single_beginning", "single_middle"')

@@ -1,0 +1,279 @@
+"""The cache on real clips and pictures, with small encoders: what is encoded when, and what survives kills and damage."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.utils.data.encode_worker import Bytes, Pooling, samples_of
+from utils.data.cache import BuildReport, DatasetCache, inputs_of, share_of
+from utils.data.media import load_pixels
+from utils.data.values import Sample
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+# Two clips and two pictures at two resolutions; four captions.
+NUM_PIXELS, NUM_CAPTIONS = 8, 4
+
+
+def build(cache: DatasetCache, samples: list[Sample], encoders: list, **keys) -> BuildReport:
+    return cache.build(samples, encoders, **{"rank": 0, "world_size": 1, "device": CPU, "poll_seconds": 0.01} | keys)
+
+
+def content(folder: Path, samples: list[Sample]) -> dict[str, dict[str, Tensor]]:
+    cache = DatasetCache(folder)
+    return {sample.key: cache.read(sample, [Pooling(), Bytes()]) for sample in samples}
+
+
+def assert_same_content(one: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]]) -> None:
+    assert one.keys() == other.keys()
+    for key, fields in one.items():
+        assert fields.keys() == other[key].keys()
+        assert all(torch.equal(tensor, other[key][name]) for name, tensor in fields.items()), key
+
+
+def worker(environment: dict[str, str], *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.utils.data.encode_worker", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def shards(folder: Path, encoder: str = "pooling") -> list[Path]:
+    return sorted(folder.glob(f"{encoder}/*/*.safetensors"))
+
+
+# ── what is encoded ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_everything_is_encoded_once(mixed: Path, tmp_path: Path):
+    samples, pooling, text = samples_of(mixed), Pooling(), Bytes()
+    cache = DatasetCache(tmp_path / "cache")
+    report = build(cache, samples, [pooling, text])
+    assert report.complete
+    assert report.lines() == [
+        "pooling: 8 different inputs, 0 in the cache, 8 encoded here",
+        "bytes: 4 different inputs, 0 in the cache, 4 encoded here",
+    ]
+    assert sorted(pooling.keys) == [sample.key for sample in samples]
+    for sample in samples:
+        fields = cache.read(sample, [pooling, text])
+        pixels = load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode)
+        assert torch.equal(fields["mean"], pixels.mean(dim=(1, 2, 3)))
+        assert fields["latents"].dtype == torch.bfloat16
+        assert fields["latents"].shape == (3, sample.bucket.frames, sample.bucket.height // 8, sample.bucket.width // 8)
+        assert fields["text"].shape == (len(sample.caption.encode()), 6)
+
+    again = [Pooling(), Bytes()]
+    second = build(DatasetCache(tmp_path / "cache"), samples, again)
+    assert [(part.found, part.encoded) for part in second.encoders] == [(NUM_PIXELS, 0), (NUM_CAPTIONS, 0)]
+    assert [encoder.batches for encoder in again] == [[], []]
+
+
+def test_one_changed_caption_is_one_caption_to_encode(mixed: Path, tmp_path: Path):
+    build(DatasetCache(tmp_path / "cache"), samples_of(mixed), [Pooling(), Bytes()])
+    (mixed / "coffee.txt").write_text("tea")
+    pooling, text = Pooling(), Bytes()
+    cache = DatasetCache(tmp_path / "cache")
+    build(cache, samples_of(mixed), [pooling, text])
+    assert (pooling.keys, text.keys) == ([], ["mixed/coffee.png@48x48x1"])
+    changed = next(sample for sample in samples_of(mixed) if "coffee" in sample.key)
+    assert len(cache.read(changed, [text])["text"]) == 3
+
+
+def test_what_matters_to_pixels_is_in_their_key(mixed: Path, tmp_path: Path):
+    cache = DatasetCache(tmp_path / "cache")
+
+    def encoded(**keys) -> int:
+        return build(cache, samples_of(mixed, resolutions=[64], **keys), [Pooling()]).encoders[0].encoded
+
+    assert encoded() == 4
+    assert encoded(frame_buckets=[1, 5]) == 2  # the clips are in another bucket
+    assert encoded(fps=24.0) == 2
+    assert encoded(video_clip_mode="single_middle") == 2
+    assert encoded(caption_prefix="film, ", num_repeats=3) == 0
+    shutil.move(mixed / "coffee.png", mixed / "cup.png")
+    shutil.move(mixed / "coffee.txt", mixed / "cup.txt")
+    assert encoded() == 0  # by content, not by name
+
+
+def test_another_fingerprint_is_another_cache(mixed: Path, tmp_path: Path):
+    cache, samples = DatasetCache(tmp_path / "cache"), samples_of(mixed)
+    build(cache, samples, [Bytes()])
+    new = Bytes(version=2)
+    build(cache, samples, [new])
+    assert len(new.keys) == NUM_CAPTIONS
+    assert not torch.equal(cache.read(samples[0], [Bytes()])["text"], cache.read(samples[0], [new])["text"])
+
+
+def test_batches_hold_one_shape(mixed: Path, tmp_path: Path):
+    pooling, text = Pooling(), Bytes()
+    samples = samples_of(mixed, resolutions=[64])
+    build(DatasetCache(tmp_path / "batched"), samples, [pooling, text], batch_size=3)
+    assert (pooling.batches, text.batches) == ([2, 2], [3, 1])
+    build(DatasetCache(tmp_path / "single"), samples, [Pooling(), Bytes()])
+    assert_same_content(content(tmp_path / "batched", samples), content(tmp_path / "single", samples))
+
+
+# ── kills and damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_killed_build_is_continued(mixed: Path, tmp_path: Path, process_environment: dict[str, str]):
+    killed = worker(process_environment, mixed, tmp_path / "cache", "--die-after", 5)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    continued = worker(process_environment, mixed, tmp_path / "cache")
+    report = json.loads(continued.communicate()[0])
+    # Shards of two: of the five that were encoded, four were written.
+    assert [(part["found"], part["encoded"]) for part in report["encoders"]] == [(4, 4), (0, 4)]
+    samples = samples_of(mixed)
+    build(DatasetCache(tmp_path / "straight"), samples, [Pooling(), Bytes()])
+    assert_same_content(content(tmp_path / "cache", samples), content(tmp_path / "straight", samples))
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "gone", "index"])
+def test_a_damaged_shard_is_named_and_encoded_again(mixed: Path, tmp_path: Path, caplog, damage: str):
+    samples, folder = samples_of(mixed), tmp_path / "cache"
+    build(DatasetCache(folder, shard_items=2), samples, [Pooling(), Bytes()])
+    expected = content(folder, samples)
+    shard = shards(folder)[1]
+    data = shard.read_bytes()
+    damages = {
+        "cut": lambda: shard.write_bytes(data[:-100]),
+        "header": lambda: shard.write_bytes(bytes(8) + data[8:]),
+        "gone": shard.unlink,
+        "index": lambda: shard.with_suffix(".json").write_bytes(b"{"),
+    }
+    damages[damage]()
+    with caplog.at_level(logging.WARNING):
+        report = build(DatasetCache(folder), samples, [Pooling(), Bytes()])
+    assert [(part.found, part.encoded) for part in report.encoders] == [(6, 2), (4, 0)]
+    assert [message.split(" is damaged")[0] for message in caplog.messages] == [str(shard)]
+    assert_same_content(content(folder, samples), expected)
+
+
+def test_a_shard_without_index_is_not_believed(mixed: Path, tmp_path: Path):
+    samples, folder = samples_of(mixed), tmp_path / "cache"
+    build(DatasetCache(folder, shard_items=2), samples, [Pooling()])
+    shards(folder)[0].with_suffix(".json").unlink()
+    assert build(DatasetCache(folder), samples, [Pooling()]).encoders[0].found == 6
+
+
+def test_files_that_stop_decoding_are_all_named_and_the_rest_is_kept(mixed: Path, tmp_path: Path):
+    samples = samples_of(mixed)
+    for name in ("bikes.mp4", "coffee.png"):
+        data = (mixed / name).read_bytes()
+        (mixed / name).write_bytes(data[: len(data) // 3])
+    with pytest.raises(UserError) as raised:
+        build(DatasetCache(tmp_path / "cache"), samples, [Pooling(), Bytes()])
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "these files do not decode; repair or remove them:"
+    assert sorted(line.split(": it does not decode")[0] for line in lines[1:]) == [
+        f"  - {mixed}/bikes.mp4",
+        f"  - {mixed}/coffee.png",
+    ]
+    whole = [sample for sample in samples if "astronaut" in sample.key or "carphone" in sample.key]
+    report = build(DatasetCache(tmp_path / "cache"), whole, [Pooling(), Bytes()])
+    assert [(part.total, part.found) for part in report.encoders] == [(4, 4), (2, 2)]
+
+
+def test_a_failing_encoder_keeps_what_it_made(mixed: Path, tmp_path: Path):
+    class Failing(Pooling):
+        def outputs(self, items):
+            if len(self.keys) > 3:
+                raise RuntimeError("out of memory")
+            return super().outputs(items)
+
+    failing, samples = Failing(), samples_of(mixed)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build(DatasetCache(tmp_path / "cache"), samples, [failing])
+    assert failing.loaded == 0
+    assert build(DatasetCache(tmp_path / "cache"), samples, [Pooling()]).encoders[0].found == 3
+
+
+def test_a_cache_that_cannot_be_written(mixed: Path, tmp_path: Path):
+    (tmp_path / "cache").write_text("a file, where the folder should be")
+    with pytest.raises(UserError, match=r"the cache cannot be written: .*cache_dir"):
+        build(DatasetCache(tmp_path / "cache"), samples_of(mixed), [Bytes()])
+
+
+# ── several ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_ranks_share_the_work_without_talking(mixed: Path, tmp_path: Path, process_environment: dict[str, str]):
+    folder = tmp_path / "cache"
+    ranks = [worker(process_environment, mixed, folder, "--rank", rank, "--world-size", 2) for rank in range(2)]
+    reports = [json.loads(process.communicate()[0]) for process in ranks]
+    assert all(report["complete"] for report in reports)
+    encoded = [[report["encoders"][place]["encoded"] for report in reports] for place in range(2)]
+    assert encoded == [[4, 4], [2, 2]]
+    samples = samples_of(mixed)
+    build(DatasetCache(tmp_path / "straight"), samples, [Pooling(), Bytes()])
+    assert_same_content(content(folder, samples), content(tmp_path / "straight", samples))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shares_cover_the_work_and_are_balanced(mixed: Path, world_size: int):
+    encoder = Pooling()
+    inputs = inputs_of(samples_of(mixed, resolutions=[32, 48, 64, 80, 96]), encoder)
+    shares = [share_of(inputs, encoder, rank, world_size) for rank in range(world_size)]
+    assert sorted(key for share in shares for key in share) == sorted(inputs)
+    pixels = {key: sample.bucket.width * sample.bucket.height * sample.bucket.frames for key, sample in inputs.items()}
+    loads = [sum(pixels[key] for key in share) for share in shares]
+    assert max(loads) <= sum(loads) / world_size + max(pixels.values())
+
+
+def test_a_rank_that_never_delivers_is_reported(mixed: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"4 of 8 encoded items are missing in .*look for an error in the other ranks' output"):
+        build(DatasetCache(tmp_path / "cache"), samples_of(mixed), [Pooling()], world_size=2, stall_timeout=0.05)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_build_can_be_stopped(mixed: Path, tmp_path: Path, world_size: int):
+    """Asked to stop while encoding (alone) or while waiting for a rank that is not there."""
+    pooling, samples = Pooling(), samples_of(mixed)
+    stop_after = 3 if world_size == 1 else 4
+    report = build(
+        DatasetCache(tmp_path / "cache"),
+        samples,
+        [pooling, Bytes()],
+        world_size=world_size,
+        stop=lambda: len(pooling.keys) >= stop_after,
+    )
+    assert not report.complete
+    assert [part.encoded for part in report.encoders] == [stop_after, 0]
+    assert build(DatasetCache(tmp_path / "cache"), samples, [Pooling()]).encoders[0].found == stop_after
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_many_threads_read_the_same(mixed: Path, tmp_path: Path):
+    samples, encoders = samples_of(mixed), [Pooling(), Bytes()]
+    cache = DatasetCache(tmp_path / "cache", shard_items=1)
+    build(cache, samples, encoders)
+    expected = content(tmp_path / "cache", samples)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda sample: (sample.key, cache.read(sample, encoders)), samples * 20))
+    for key, fields in found:
+        assert_same_content({key: fields}, {key: expected[key]})
+
+
+def test_what_the_cache_has_lost_is_named(mixed: Path, tmp_path: Path):
+    samples, encoders, folder = samples_of(mixed), [Pooling(), Bytes()], tmp_path / "cache"
+    with pytest.raises(UserError, match=r"mixed/astronaut\.png@48x48x1: .* does not hold what pooling makes of it; start again"):
+        DatasetCache(folder).read(samples[0], encoders)
+    cache = DatasetCache(folder)
+    build(cache, samples, encoders)
+    shards(folder)[0].unlink()
+    with pytest.raises(UserError, match=r"pooling/.*\.safetensors cannot be read any more .*start again"):
+        cache.read(samples[0], encoders)
+    with pytest.raises(UserError, match=r"does not hold what pooling makes of it"):
+        DatasetCache(folder).read(samples[0], encoders)
