@@ -13,7 +13,7 @@ OWNERS = {
     "peft": ("utils/adapters/",),
     "diffusers": ("models/",),
     "transformers": ("models/",),
-    "torch.distributed": ("utils/topology.py", "utils/pipeline/"),
+    "torch.distributed": ("utils/topology.py",),
     "torch.utils.tensorboard": ("utils/metrics.py",),
     "wandb": ("utils/metrics.py",),
     "torchvision": (),
