@@ -22,7 +22,7 @@ ADAMW = {"type": "adamw", "lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.01
 LORA = {"rank": 4, "alpha": 6.0}
 
 
-def settings_for(model: Path, **changes) -> dict:
+def settings_for(model: Path, /, **changes) -> dict:
     return {
         "model": {"type": "wan", "path": str(model), "dtype": "float32"},
         "adapter": LORA,
