@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from models.common.latent_encoders import ChannelScale, FrozenEncoder, LatentEncoder
+from models.common.networks import OpenedNetwork, open_network
 from models.common.text_encoders import Tokenize, TokenizerFile, clean_caption
 from models.wan.files import WanFiles
-from models.wan.networks import OpenedNetwork, open_network
+from models.wan.networks import NETWORKS
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.errors import UserError
 
@@ -30,13 +31,13 @@ def wan_encoders(files: WanFiles, dtype: torch.dtype, takes_image: bool) -> list
     """The encoders of a variant, unloaded.  ``takes_image``: image to video."""
     encoders: list[ConditionEncoder] = [
         # Always fp32, as the release runs it: in bf16 the latents, which are the targets of training, are off by up to 2 %.
-        WanVaeEncoder(open_network("vae", files.vae), torch.float32, with_condition=takes_image),
-        WanTextEncoder(open_network("text_encoder", files.text_encoder), files.tokenizer, dtype),
+        WanVaeEncoder(open_network(NETWORKS["vae"], files.vae), torch.float32, with_condition=takes_image),
+        WanTextEncoder(open_network(NETWORKS["text_encoder"], files.text_encoder), files.tokenizer, dtype),
     ]
     if takes_image:
         assert files.image_encoder is not None
         processor = json.loads(files.image_processor.read_text()) if files.image_processor else {}
-        encoders.append(WanImageEncoder(open_network("image_encoder", files.image_encoder), processor, dtype))
+        encoders.append(WanImageEncoder(open_network(NETWORKS["image_encoder"], files.image_encoder), processor, dtype))
     return encoders
 
 

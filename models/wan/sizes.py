@@ -5,14 +5,9 @@ takes (tensors by diffusers name, config.json or None) and raises KeyError, with
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from utils.checkpoints.tensor_files import TensorInfo
+from models.common.networks import Config, Names
 from utils.errors import UserError, listed
-
-Names = Mapping[str, TensorInfo]
-Config = dict[str, Any]
 
 HEAD_DIM = 128
 """Width of an attention head in every released Wan transformer (1536 / 12, 5120 / 40)."""

@@ -4,30 +4,27 @@ All layouts of one variant, seed and scale hold the same weights.  Every paramet
 read wrongly or left out shows in the output.
 """
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_letters, digits, punctuation
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from models.base import Layout
 from models.common.text_encoders import SPIECE_TENSOR, find_tokenizer
+from models.common.tiny import Part, State, prefixed, write_json, write_t5_tokenizer
 from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_key_map
 from models.wan.keys import wan_key_map
 from models.wan.networks import TIED
 from models.wan.sizes import CLIP_HEAD_DIM
 from utils.checkpoints.weights import save_safetensors
-from utils.draw import generator
 
 CHANNELS = {"wan-t2v": 16, "wan-i2v": 36}
 VARIANTS = tuple(CHANNELS)
@@ -37,16 +34,6 @@ TEXT_WIDTH, CLIP_WIDTH = 32, 2 * CLIP_HEAD_DIM
 VOCABULARY_STEP = 128
 """The text encoder's vocabulary is rounded up to a multiple of this, as UMT5's is."""
 TOKENIZER_FOLDERS = {"diffusers": "tokenizer", "released": "google/umt5-xxl", "comfy": "text_encoders/umt5-xxl"}
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A network on meta, which knows its config, and its weights by diffusers name."""
-
-    module: nn.Module
-    state: State
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ def write_tiny(variant: str, folder: Path, layout: Layout, seed: int, scale: int
     place = folder / TOKENIZER_FOLDERS[layout]
     place.mkdir(parents=True, exist_ok=True)
     if tokenizer is None:
-        write_tokenizer(place)
+        write_t5_tokenizer(place)
     else:
         shutil.copytree(tokenizer, place, dirs_exist_ok=True)
     WRITERS[layout](folder, tiny_model(variant, place, seed, scale))
@@ -81,9 +68,7 @@ def tiny_model(variant: str, tokenizer: Path, seed: int, scale: int) -> TinyMode
     vocabulary = find_tokenizer(tokenizer).load(max_tokens=1).vocabulary
 
     def part(name: str, build: Callable[[], nn.Module]) -> Part:
-        with torch.device("meta"):
-            module = build()
-        return Part(module, random_state(module, seed, name))
+        return Part.made(name, build, seed, tied=frozenset([TIED]))
 
     def transformer() -> nn.Module:
         return WanTransformer3DModel(
@@ -118,54 +103,6 @@ def tiny_model(variant: str, tokenizer: Path, seed: int, scale: int) -> TinyMode
     )
 
 
-def random_state(module: nn.Module, seed: int, part: str) -> State:
-    """Values for each parameter of a module, by the parameter's name, so that they do not depend on the order."""
-    return {
-        name: _random_values(name, tuple(tensor.shape), generator(seed, part, name))
-        for name, tensor in module.state_dict().items()
-        if name != TIED
-    }
-
-
-def _random_values(name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
-    normal = torch.randn(shape, generator=source)
-    module, _, kind = f".{name}".rpartition(".")
-    if kind == "gamma" or (kind == "weight" and "norm" in module.rpartition(".")[2]):
-        return 1 + 0.1 * normal
-    if kind == "bias":
-        return 0.02 * normal
-    return normal / math.sqrt(math.prod(shape[1:]))
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A small tokenizer in T5's form: letters, marks and a few words, and bytes for all else, so that any caption comes back."""
-    words = ["a", "the", "of", "and", "in", "on", "with", "is", "man", "woman", "cat", "dog", "red", "blue"]
-    pieces = ["▁", *ascii_letters, *digits, *punctuation, *(f"▁{word}" for word in words)]
-    vocabulary = [(token, 0.0) for token in SPECIAL_TOKENS]
-    vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    vocabulary += [(piece, -4.0) for piece in pieces]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL_TOKENS.index("<unk>"), byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    end = SPECIAL_TOKENS.index("</s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    pad, end, unknown = SPECIAL_TOKENS
-    # transformers' T5 class would make the tokenizer anew, without the bytes.
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": end, "unk_token": unknown}
-    _write_json(folder / "tokenizer_config.json", {**config, "model_max_length": 512})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _prefixed(prefix: str, state: State) -> State:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
 def _write_diffusers(folder: Path, model: TinyModel) -> None:
     index = {
         "_class_name": "WanImageToVideoPipeline" if model.image_encoder else "WanPipeline",
@@ -184,8 +121,8 @@ def _write_diffusers(folder: Path, model: TinyModel) -> None:
         CLIPImageProcessorPil().save_pretrained(folder / "image_processor")
         model.image_encoder.module.config.save_pretrained(folder / "image_encoder")
         # As older transformers wrote it, and as the released folders have it.
-        save_safetensors(folder / "image_encoder/model.safetensors", _prefixed("vision_model.", model.image_encoder.state))
-    _write_json(folder / "model_index.json", index)
+        save_safetensors(folder / "image_encoder/model.safetensors", prefixed("vision_model.", model.image_encoder.state))
+    write_json(folder / "model_index.json", index)
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
         folder / "scheduler"
     )
@@ -216,12 +153,12 @@ def _released_config(model: TinyModel) -> dict[str, Any]:
 
 def _write_released(folder: Path, model: TinyModel) -> None:
     transformer = wan_key_map().to_released(model.transformer.state)
-    _write_json(folder / "config.json", _released_config(model))
+    write_json(folder / "config.json", _released_config(model))
     if model.image_encoder is None:  # as the 1.3B model is released
         save_safetensors(folder / "diffusion_pytorch_model.safetensors", transformer)
     else:  # as the 14B models are
         _write_shards(folder, transformer, count=2)
-        clip = _prefixed("visual.", clip_key_map().to_released(model.image_encoder.state))
+        clip = prefixed("visual.", clip_key_map().to_released(model.image_encoder.state))
         # The release holds the whole CLIP; these stand for what is not used of it.
         clip |= {"visual.head": torch.zeros(CLIP_WIDTH, 8), "textual.norm.weight": torch.zeros(8), "log_scale": torch.zeros(())}
         torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
@@ -237,14 +174,14 @@ def _write_shards(folder: Path, state: State, count: int) -> None:
     weight_map = {name: files[index % count] for index, name in enumerate(names)}
     total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 
 def _write_comfy(folder: Path, model: TinyModel) -> None:
     stem = f"diffusion_models/wan2.1_{MODEL_TYPES[model.variant]}_tiny"
     save_safetensors(folder / f"{stem}.safetensors", wan_key_map().to_released(model.transformer.state))
     # Real files need no config: their heads are all 128 wide.
-    _write_json(folder / f"{stem}.json", _released_config(model))
+    write_json(folder / f"{stem}.json", _released_config(model))
     save_safetensors(folder / "vae/wan_2.1_vae.safetensors", vae_key_map().to_released(model.vae.state))
     text = dict(model.text_encoder.state)
     spiece = model.tokenizer / "spiece.model"
@@ -252,7 +189,7 @@ def _write_comfy(folder: Path, model: TinyModel) -> None:
         text[SPIECE_TENSOR] = torch.frombuffer(bytearray(spiece.read_bytes()), dtype=torch.uint8)
     save_safetensors(folder / "text_encoders/umt5_xxl_fp16.safetensors", text)
     if model.image_encoder:
-        clip = _prefixed("vision_model.", model.image_encoder.state) | {"visual_projection.weight": torch.zeros(8, CLIP_WIDTH)}
+        clip = prefixed("vision_model.", model.image_encoder.state) | {"visual_projection.weight": torch.zeros(8, CLIP_WIDTH)}
         save_safetensors(folder / "clip_vision/clip_vision_h.safetensors", clip)
 
 

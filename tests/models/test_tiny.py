@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from models import family_names, load_family, tiny
 from models.common.text_encoders import find_tokenizer
-from models.wan.tiny import VARIANTS, tiny_model, write_tiny, write_tokenizer
+from models.common.tiny import write_t5_tokenizer
+from models.wan.tiny import VARIANTS, tiny_model, write_tiny
 from utils.errors import UserError
 
 LAYOUTS = ("diffusers", "released", "comfy")
@@ -69,7 +70,7 @@ def test_the_same_bytes_for_the_same_seed(tmp_path, layout):
 
 
 def test_every_parameter_is_random(tmp_path):
-    write_tokenizer(tmp_path)
+    write_t5_tokenizer(tmp_path)
     model = tiny_model("wan-i2v", tmp_path, seed=0, scale=1)
     for part in (model.transformer, model.vae, model.text_encoder, model.image_encoder):
         for name, tensor in part.state.items():
@@ -107,7 +108,7 @@ def test_scale_multiplies_width_and_depth(tmp_path):
 
 @pytest.mark.parametrize("text", ["a cat on the red dog", "Größe: 3 × 4, “naïve” 自行车 🚲", "tab\tand\nline", "", "two  spaces "])
 def test_made_tokenizer_returns_any_text(tmp_path, text):
-    write_tokenizer(tmp_path)
+    write_t5_tokenizer(tmp_path)
     tokenize = find_tokenizer(tmp_path).load(max_tokens=512)
     ids = tokenize(text)
     theirs = AutoTokenizer.from_pretrained(tmp_path)

@@ -47,6 +47,15 @@ def unshifted(t: float, shift: float) -> float:
     return shifted(t, 1 / shift)
 
 
+def resolution_shift(tokens: int, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
+    """Shift that grows with the picture: s = exp(mu), mu on the line through two points (tokens, mu).
+
+    The defaults are FLUX.1's (``calculate_shift`` of diffusers' FluxPipeline); each family has its own.
+    """
+    slope = (high[1] - low[1]) / (high[0] - low[0])
+    return math.exp(low[1] + slope * (tokens - low[0]))
+
+
 @dataclass(frozen=True)
 class TimestepDistribution:
     """A base distribution, shifted, and cut to [low, high] by slicing: inside, its density keeps its form."""

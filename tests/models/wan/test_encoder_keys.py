@@ -7,8 +7,9 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from models.common.tiny import write_t5_tokenizer
 from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_key_map
-from models.wan.tiny import tiny_model, write_tokenizer
+from models.wan.tiny import tiny_model
 
 
 def shapes(state) -> dict[str, tuple[int, ...]]:
@@ -59,7 +60,7 @@ def test_vae_names_agree_with_diffusers(base):
 
 
 def test_key_maps_round_trip(tmp_path):
-    write_tokenizer(tmp_path)
+    write_t5_tokenizer(tmp_path)
     model = tiny_model("wan-i2v", tmp_path, seed=5, scale=1)
     for key_map, part in (
         (t5_key_map(), model.text_encoder),
