@@ -275,7 +275,11 @@ def setup_logging(log_file: Path | None, rank: int) -> None:
         root.addHandler(handler)
     root.setLevel(logging.INFO)
     for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+        library = logging.getLogger(name)
+        library.setLevel(logging.WARNING)
+        # Some of them write to the console themselves; their warnings belong in log.txt too.
+        library.handlers.clear()
+        library.propagate = True
 
 
 def _plain(value: Any) -> Any:

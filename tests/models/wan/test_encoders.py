@@ -271,7 +271,7 @@ def test_fingerprint(models, tmp_path):
     copy = Path(shutil.copytree(models / "released", tmp_path / "elsewhere"))
     assert prints(copy) == usual
     half = prints(copy, torch.bfloat16)
-    assert not set(half.values()) & set(usual.values())
+    assert {name for name in half if half[name] == usual[name]} == {"vae"}, "the VAE runs in fp32 whatever the dtype is"
     assert prints(copy, takes_image=False)["vae"] != usual["vae"]
 
     tokenizer = copy / "google/umt5-xxl/tokenizer.json"
