@@ -155,22 +155,49 @@ def export_full(
 def _lora_tensors(
     weights: Mapping[str, Tensor], key_map: KeyMap, fmt: LoraFormat, scale: float, rank: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    tensors = {}
+    """The file's tensors: one adapter for each module of the naming, which may hold those of several modules of diffusers."""
+    adapters: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for module in dict.fromkeys(name.rpartition(".lora_")[0] for name in weights):
-        down, up = (weights[f"{module}.lora_{side}.weight"] for side in "AB")
+        down, up = (weights[f"{module}.lora_{side}.weight"].detach() for side in "AB")
         if down.shape[0] != rank or up.shape[1] != rank:
             raise UserError(f"the adapter of {module} has matrices {list(down.shape)} and {list(up.shape)}, but rank {rank}")
-        up = up.detach().float() * scale
-        path = module
-        if fmt.names == "released":
-            # A rule that moves rows moves those of B alone.
-            [(released, up)] = key_map.to_released({f"{module}.weight": up}).items()
-            path = released.removesuffix(".weight")
-        tensors[fmt.key(path, f"{fmt.down}.weight")] = down.detach().to(dtype)
+        owner = key_map.released_name(f"{module}.weight").removesuffix(".weight") if fmt.names == "released" else module
+        adapters.setdefault(owner, {})[module] = down, up.float() * scale
+    tensors = {}
+    for path, parts in adapters.items():
+        down, up = _released_adapter(path, parts, key_map) if fmt.names == "released" else parts[path]
+        tensors[fmt.key(path, f"{fmt.down}.weight")] = down.to(dtype)
         tensors[fmt.key(path, f"{fmt.up}.weight")] = up.to(dtype)
         if fmt.writes_alpha:
-            tensors[fmt.key(path, "alpha")] = torch.tensor(float(rank))
+            tensors[fmt.key(path, "alpha")] = torch.tensor(float(len(down)))
     return tensors
+
+
+def _released_adapter(path: str, parts: Mapping[str, tuple[Tensor, Tensor]], key_map: KeyMap) -> tuple[Tensor, Tensor]:
+    """One adapter for the released module ``path``, from those of the diffusers modules that it is made of.
+
+    The matrices A are put one below the other, the matrices B make a block-diagonal one: n adapters of rank r become one of rank
+    n r that computes the same.  A module without an adapter has zero rows in B.  What moves rows of the weight moves those of B.
+    """
+    names = [name.removesuffix(".weight") for name in key_map.diffusers_names(f"{path}.weight", "released")]
+    present = [name for name in names if name in parts]
+    total = sum(len(parts[name][0]) for name in present)
+    ups, start = {}, 0
+    for name in names:
+        down, up = parts.get(name) or (None, _zero_rows(name, present[0], parts[present[0]][1], key_map))
+        width = 0 if down is None else len(down)
+        wide = up.new_zeros(len(up), total, *up.shape[2:])
+        wide[:, start : start + width] = up[:, :width]
+        ups[f"{name}.weight"], start = wide, start + width
+    [(_, fused)] = key_map.to_released(ups).items()
+    return torch.cat([parts[name][0] for name in present]), fused
+
+
+def _zero_rows(module: str, other: str, up: Tensor, key_map: KeyMap) -> Tensor:
+    """B of a module without an adapter, given that of ``other``, which the release holds in the same tensor."""
+    start, stop, _ = key_map.sources_of(f"{module}.weight", "released").share
+    other_start, other_stop, _ = key_map.sources_of(f"{other}.weight", "released").share
+    return up.new_zeros(len(up) * (stop - start) // (other_stop - other_start), *up.shape[1:])
 
 
 class _ReleasedTensors(Mapping[str, Tensor]):
@@ -301,22 +328,58 @@ def load_lora(path: Path, modules: Iterable[str], key_map: KeyMap) -> LoraFile:
     problems = []
     for key in file.entries:
         ending = next((ending for ending in _ENDINGS if key.endswith(ending)), "")
-        found = owners.get(key.removesuffix(ending), {}) if ending else {}
-        if not found:
+        spelling = key.removesuffix(ending)
+        if ending and spelling in owners:
+            adapters.setdefault(spelling, {})[_ENDINGS[ending]] = file.read(key)
+        else:
             problems.append(f"{key} belongs to no module of the model")
-        for module, rows_of in found.items():
-            part, tensor = _ENDINGS[ending], file.read(key)
-            adapters.setdefault(module, {})[part] = rows_of(tensor) if part == "lora_B.weight" else tensor
-    problems += [problem for module, adapter in adapters.items() if (problem := _adapter_problem(module, adapter))]
+    problems += [
+        problem for spelling, adapter in adapters.items() if (problem := _adapter_problem(", ".join(owners[spelling]), adapter))
+    ]
+    if repeated := _repeated(module for spelling in adapters for module in owners[spelling]):
+        problems.append(f"{repeated[0]} has more than one adapter")
     _refuse(f"{path} is not a LoRA of this model:", problems or ([] if adapters else ["it holds no adapter"]))
-    return LoraFile(
-        weights={f"{module}.{part}": adapter[part] for module, adapter in adapters.items() for part in _MATRICES},
-        scales={
-            module: float(adapter["alpha"]) / len(adapter["lora_A.weight"]) if "alpha" in adapter else 1.0
-            for module, adapter in adapters.items()
-        },
-        metadata=file.metadata,
-    )
+    weights: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    for spelling, adapter in adapters.items():
+        down, up = (adapter[part] for part in _MATRICES)
+        scale = float(adapter["alpha"]) / len(down) if "alpha" in adapter else 1.0
+        ups = {module: rows_of(up) for module, rows_of in owners[spelling].items()}
+        for module, own in zip(ups, _own_columns(list(ups.values())), strict=True):
+            if own is not None:
+                weights[f"{module}.lora_A.weight"], weights[f"{module}.lora_B.weight"] = down[own], ups[module][:, own]
+                scales[module] = scale
+    return LoraFile(weights, scales, file.metadata)
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    seen: set[str] = set()
+    return [name for name in names if name in seen or seen.add(name)]
+
+
+def _own_columns(ups: Sequence[Tensor]) -> list[slice | None]:
+    """Which columns of B belong to each of the modules that share an adapter, given each module's rows of B.
+
+    If B is block-diagonal, so that it was put together from adapters of one rank, each module has its own again, or None if it
+    has only zeros; else each module has all of the rank.
+    """
+    rank = ups[0].shape[1]
+    everything: list[slice | None] = [slice(0, rank)] * len(ups)
+    used = [up.movedim(1, 0).flatten(1).any(dim=1) for up in ups]
+    count = sum(bool(columns.any()) for columns in used)
+    if count == 0 or rank % count:
+        return everything
+    blocks: list[slice | None] = []
+    own, start = rank // count, 0
+    for columns in used:
+        if not columns.any():
+            blocks.append(None)
+            continue
+        if columns[:start].any() or columns[start + own :].any():
+            return everything
+        blocks.append(slice(start, start + own))
+        start += own
+    return blocks
 
 
 def _owners_by_spelling(modules: Iterable[str], key_map: KeyMap) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:

@@ -58,7 +58,6 @@ REFUSED = {
 
 DATASET_REFUSED = {
     "mask_path": "training with masks is not offered; remove the key",
-    "control_path": "training with control pictures is not offered; remove the key",
     "shuffle_tags": "captions are used as they are written; remove the key",
     "cache_shuffle_num": "captions are used as they are written; remove the key",
     "cache_shuffle_delimiter": "captions are used as they are written; remove the key",

@@ -57,6 +57,8 @@ def _folder_name(value: str) -> str:
 
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+# float16 is for files: to train in it, the loss would have to be scaled.
+TrainingDtype = Literal["float32", "bfloat16"]
 # TOML has lists and strings only: these two are read from them although the tables are strict about types.
 FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value).expanduser() if isinstance(value, str) else value)]
 Pair = Annotated[tuple[float, float], Strict(False)]
@@ -100,9 +102,9 @@ class ModelOptions(Table):
     """The image encoder (CLIP vision) alone: `.safetensors`, `.pth` or a folder."""
     tokenizer_path: FilePath | None = None
     """A tokenizer folder, for files that carry no tokenizer."""
-    dtype: DtypeName = "bfloat16"
+    dtype: TrainingDtype = "bfloat16"
     """The dtype of computing, and of the encoders."""
-    transformer_dtype: DtypeName | None = None
+    transformer_dtype: TrainingDtype | None = None
     """The dtype in which the transformer's weights are held. Default: `dtype`."""
     timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
     """How timesteps are drawn before the shift."""
@@ -134,7 +136,7 @@ class AdapterConfig(Table):
     """The adapter is scaled by alpha / rank. Default: `rank`, a scale of 1."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    dtype: DtypeName = "float32"
+    dtype: TrainingDtype = "float32"
     """The dtype of the adapter's weights."""
     target_modules: str | list[str] | None = None
     """Modules that get an adapter, by diffusers name: a regular expression for the whole name, or a list of name endings.
@@ -317,6 +319,8 @@ class DirectoryConfig(Table):
     """Overrides the dataset file's."""
     caption_prefix: str | None = None
     """Overrides the dataset file's."""
+    control_path: FilePath | list[FilePath] | None = None
+    """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
 
 
 class DatasetConfig(Table):

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -209,11 +209,17 @@ class DatasetCache:
 
 def input_key(sample: Sample, encoder: ConditionEncoder) -> str:
     """Hash of what the encoder sees of a sample."""
-    if encoder.reads == "caption":
-        return _digest("caption", sample.caption)
-    # A picture has neither a rate nor a part to choose.
-    frames = (sample.fps, sample.clip_mode) if sample.fps is not None else ()
-    return _digest("pixels", PIXELS_VERSION, sample.content, sample.bucket, *frames)
+    parts: list[object] = []
+    if "caption" in encoder.reads:
+        parts += ["caption", sample.caption]
+    if "pixels" in encoder.reads:
+        # A picture has neither a rate nor a part to choose.
+        frames = (sample.fps, sample.clip_mode) if sample.fps is not None else ()
+        parts += ["pixels", PIXELS_VERSION, sample.content, sample.bucket, *frames]
+    if "controls" in encoder.reads:
+        size = (sample.bucket.width, sample.bucket.height)
+        parts += ["controls", PIXELS_VERSION, *size, *(control.content for control in sample.controls)]
+    return _digest(*parts)
 
 
 def inputs_of(samples: Sequence[Sample], encoder: ConditionEncoder) -> dict[str, Sample]:
@@ -230,10 +236,7 @@ def share_of(inputs: dict[str, Sample], encoder: ConditionEncoder, rank: int, wo
     Each key, the largest first, goes to the rank that has the fewest pixels so far.  What is in the cache already plays no part:
     ranks that look at it at different moments must agree on who does what.
     """
-    costs = {
-        key: sample.bucket.width * sample.bucket.height * sample.bucket.frames if encoder.reads == "pixels" else 1
-        for key, sample in inputs.items()
-    }
+    costs = {key: 1 + _num_pixels(sample, encoder) for key, sample in inputs.items()}
     loads = [(0, owner) for owner in range(world_size)]
     share = []
     for key in sorted(inputs, key=lambda key: (-costs[key], key)):
@@ -251,7 +254,7 @@ def _batches_ahead(
     batch: list[tuple[str, EncodeItem]] = []
     shape: Bucket | None = None
     for key, sample, item in _items_ahead(encoder, work, broken):
-        item_shape = sample.bucket if encoder.reads == "pixels" else None
+        item_shape = None if encoder.reads == "caption" else sample.bucket
         if batch and (len(batch) == batch_size or item_shape != shape):
             yield batch
             batch = []
@@ -273,7 +276,7 @@ def _items_ahead(
         while todo or waiting:
             while todo and (not waiting or (len(waiting) < 4 * DECODE_THREADS and waiting_bytes < DECODED_BYTES_AHEAD)):
                 key, sample = todo.popleft()
-                nbytes = 12 * sample.bucket.width * sample.bucket.height * sample.bucket.frames if encoder.reads == "pixels" else 0
+                nbytes = 12 * _num_pixels(sample, encoder)
                 waiting.append((key, sample, nbytes, pool.submit(_item, sample, encoder)))
                 waiting_bytes += nbytes
             key, sample, nbytes, future = waiting.popleft()
@@ -281,15 +284,27 @@ def _items_ahead(
             try:
                 yield key, sample, future.result()
             except MediaError as error:
-                broken[sample.path] = error
+                broken[error.path] = error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _num_pixels(sample: Sample, encoder: ConditionEncoder) -> int:
+    """What of a sample is decoded for the encoder."""
+    pictures = sample.bucket.frames * ("pixels" in encoder.reads) + len(sample.controls) * ("controls" in encoder.reads)
+    return sample.bucket.width * sample.bucket.height * pictures
+
+
 def _item(sample: Sample, encoder: ConditionEncoder) -> EncodeItem:
-    if encoder.reads == "caption":
-        return EncodeItem(sample.key, caption=sample.caption)
-    return EncodeItem(sample.key, pixels=load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode))
+    picture = replace(sample.bucket, frames=1)
+    return EncodeItem(
+        sample.key,
+        caption=sample.caption if "caption" in encoder.reads else None,
+        pixels=load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode) if "pixels" in encoder.reads else None,
+        controls=tuple(load_pixels(control.path, picture, None, sample.clip_mode) for control in sample.controls)
+        if "controls" in encoder.reads
+        else (),
+    )
 
 
 def _digest(*parts: object) -> str:

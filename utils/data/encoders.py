@@ -12,12 +12,14 @@ from torch import Tensor
 class EncodeItem:
     """One thing to encode.
 
-    ``pixels``, fp32 [3, frames, height, width] in [-1, 1], for encoders that look; ``caption`` for those that read.
+    ``pixels``, fp32 [3, frames, height, width] in [-1, 1], for encoders that look; ``caption`` for those that read; ``controls``,
+    each like the pixels of a picture, for those that look at the control pictures.
     """
 
     key: str
     caption: str | None = None
     pixels: Tensor | None = None
+    controls: tuple[Tensor, ...] = ()
 
 
 class ConditionEncoder(ABC):
@@ -25,7 +27,7 @@ class ConditionEncoder(ABC):
 
     name: ClassVar[str]
     """Folder name in the cache (``vae``, ``text``, ``clip``)."""
-    reads: ClassVar[Literal["pixels", "caption"]]
+    reads: ClassVar[Literal["pixels", "caption", "controls", "caption and controls"]]
     """What of a sample goes in, and so what its cache key is made of."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from utils.data.buckets import assign, buckets_for, problems, settings_for
 from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, is_clip, probe
 from utils.data.progress import ProgressLog
 from utils.data.shards import write_atomically
-from utils.data.values import Bucket, Sample, SizeRules
+from utils.data.values import Bucket, Control, Sample, SizeRules
 from utils.errors import UserError, listed
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,9 @@ def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -
             name = f"{name}[{index}]"
         names.append(name)
         listings.append(_list(directory, wrong))
-    looks = _look_at_all(sorted({path for listing in listings for path in listing.captions}), hash_cache, wrong)
+    paths = {path for listing in listings for path in listing.captions}
+    paths |= {control for listing in listings for controls in listing.controls.values() for control in controls}
+    looks = _look_at_all(sorted(paths), hash_cache, wrong)
     if wrong:
         more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
         raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {_count(len(wrong), 'problem')}:"))
@@ -144,6 +146,7 @@ def _samples(
                     clip_mode=settings.video_clip_mode,
                     fps=fps if is_clip(path) else None,
                     num_repeats=settings.num_repeats,
+                    controls=tuple(Control(control, looks[control].content) for control in listing.controls[path]),
                 )
             )
     return samples
@@ -163,6 +166,8 @@ def _warn_of_unused(report: DirectoryReport) -> None:
 class _Listing:
     captions: dict[Path, str]
     """Pictures and clips with their captions."""
+    controls: dict[Path, list[Path]]
+    """For each of them its control pictures, one from each folder of ``control_path``."""
     ignored: Counter[str]
 
 
@@ -211,7 +216,25 @@ def _list(directory: DirectoryConfig, wrong: list[str]) -> _Listing:
             wrong.append(f"{others[stem]}: it has a caption, but files of this kind are not read; convert it to one of {kinds}")
         elif stem not in stems:
             wrong.append(f"{path}: a caption without a picture or clip of the same name; remove it, or add the file")
-    return _Listing(captions, ignored)
+    return _Listing(captions, _controls(directory, list(captions), wrong), ignored)
+
+
+def _controls(directory: DirectoryConfig, media: list[Path], wrong: list[str]) -> dict[Path, list[Path]]:
+    """The control pictures of each file: those of the same name in each folder of ``control_path``."""
+    controls: dict[Path, list[Path]] = {path: [] for path in media}
+    folders = directory.control_path or []
+    for folder in folders if isinstance(folders, list) else [folders]:
+        try:
+            pictures = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES}
+        except OSError as error:
+            wrong.append(f"control_path = {str(folder)!r}: the folder cannot be read ({error.strerror}); correct the path")
+            continue
+        for path in media:
+            if path.stem in pictures:
+                controls[path].append(pictures[path.stem])
+            else:
+                wrong.append(f"{path}: there is no control picture of that name in {folder}; add {path.stem}.png or the like")
+    return controls
 
 
 # ── what is in a file ─────────────────────────────────────────────────────────────────────────────────────────────────────────

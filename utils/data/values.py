@@ -31,6 +31,15 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A picture that conditions a sample: what an editing model is given to edit."""
+
+    path: Path
+    content: str
+    """Hash of the file's bytes."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One picture or clip with its caption, as it will be seen by the model."""
 
@@ -44,6 +53,8 @@ class Sample:
     clip_mode: str
     fps: float | None
     num_repeats: int
+    controls: tuple[Control, ...] = ()
+    """In the order of the directory's ``control_path``; scaled and cropped to the sample's bucket."""
 
 
 @dataclass(frozen=True)

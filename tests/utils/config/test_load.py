@@ -129,7 +129,7 @@ ONE_MISTAKE = {
     ),
     "none of the choices, near none": (
         {"model": 'transformer_dtype = "nf4"'},
-        'main.toml:6: model.transformer_dtype must be one of "float32", "bfloat16", "float16", got the string \'nf4\'',
+        'main.toml:6: model.transformer_dtype must be one of "float32", "bfloat16", got the string \'nf4\'',
     ),
     "choice of the family": (
         {"model": 'flavour = "sweat"'},
@@ -201,7 +201,7 @@ def test_an_empty_file(files):
 def test_an_unknown_family_does_not_hide_other_problems(files):
     main = files.main(model="dtype = 16\nflavour = 1").replace('"tiny"', '"tinny"')
     assert files.problems(main) == [
-        'main.toml:6: model.dtype must be one of "float32", "bfloat16", "float16", got the whole number 16',
+        'main.toml:6: model.dtype must be one of "float32", "bfloat16", got the whole number 16',
         "main.toml:8: model.type = 'tinny': there is no such family; allowed: tiny",
     ]
 

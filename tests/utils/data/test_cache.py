@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.utils.data.encode_worker import Bytes, Pooling, samples_of
+from tests.utils.data.encode_worker import RULES, Bytes, Pooling, samples_of
+from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.cache import BuildReport, DatasetCache, inputs_of, share_of
+from utils.data.encoders import EncodeItem
 from utils.data.media import load_pixels
+from utils.data.sources import scan
 from utils.data.values import Sample
 from utils.errors import UserError
 
@@ -277,3 +281,39 @@ def test_what_the_cache_has_lost_is_named(mixed: Path, tmp_path: Path):
         cache.read(samples[0], encoders)
     with pytest.raises(UserError, match=r"does not hold what pooling makes of it"):
         DatasetCache(folder).read(samples[0], encoders)
+
+
+class WithControls(Bytes):
+    """Looks at the control pictures and reads the caption."""
+
+    name = "edit"
+    reads = "caption and controls"
+
+    def outputs(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        fields = super().outputs(items)
+        means = [torch.stack([control.mean((1, 2, 3)) for control in item.controls]) for item in items]
+        return [{**field, "controls": mean} for field, mean in zip(fields, means, strict=True)]
+
+
+def test_controls_are_decoded_at_the_size_of_the_sample_and_are_in_the_key(assets, mixed: Path, tmp_path: Path):
+    folder = tmp_path / "controls"
+    folder.mkdir()
+    for name in ("astronaut", "coffee", "bikes", "carphone_pristine"):
+        shutil.copy(assets.images["rocket.jpg"], folder / f"{name}.jpg")
+    cache, encoder = DatasetCache(tmp_path / "cache"), WithControls()
+
+    def encoded() -> tuple[int, Sample]:
+        directory = DirectoryConfig(path=mixed, control_path=folder)
+        dataset = DatasetConfig(resolutions=[64], frame_buckets=[1, 9], directory=[directory])
+        samples = scan(dataset, RULES, hash_cache=None).samples
+        return build(cache, samples, [encoder]).encoders[0].encoded, samples[0]
+
+    number, astronaut = encoded()
+    assert number == 4
+    pixels = load_pixels(folder / "astronaut.jpg", replace(astronaut.bucket, frames=1), None, "single_beginning")
+    assert torch.equal(cache.read(astronaut, [encoder])["controls"][0], pixels.mean((1, 2, 3)))
+    (folder / "coffee.jpg").unlink()
+    shutil.copy(assets.images["chelsea.png"], folder / "coffee.png")
+    assert encoded()[0] == 1
+    (mixed / "bikes.txt").write_text("something else")
+    assert encoded()[0] == 1

@@ -176,3 +176,25 @@ def test_a_broken_memory_is_ignored_and_written_anew(mixed: Path, tmp_path: Path
     memory.write_bytes(content)
     assert scan(config(mixed), RULES, hash_cache=memory) == expected
     assert memory.read_bytes() == good
+
+
+def test_control_pictures_go_with_the_files_of_their_name(assets, mixed: Path, tmp_path: Path):
+    folders = [tmp_path / "depth", tmp_path / "pose"]
+    for folder, names in zip(folders, (("rocket.jpg", "chelsea.png"), ("camera.png", "horse.png")), strict=True):
+        folder.mkdir()
+        for target, source in zip(("astronaut", "coffee"), names, strict=True):
+            shutil.copy(assets.images[source], folder / f"{target}{Path(source).suffix}")
+    for name in ("bikes", "carphone_pristine"):
+        (mixed / f"{name}.mp4").unlink()
+        (mixed / f"{name}.txt").unlink()
+    directory = DirectoryConfig(path=mixed, control_path=folders)
+    astronaut, coffee = scan(config(directory), RULES, hash_cache=None).samples
+    assert [control.path for control in astronaut.controls] == [folders[0] / "astronaut.jpg", folders[1] / "astronaut.png"]
+    assert len({control.content for sample in (astronaut, coffee) for control in sample.controls}) == 4
+    assert len(scan(config(DirectoryConfig(path=mixed, control_path=folders[0])), RULES, hash_cache=None).samples[0].controls) == 1
+
+    (folders[1] / "coffee.png").unlink()
+    missing = tmp_path / "nowhere"
+    message = refusal(config(DirectoryConfig(path=mixed, control_path=[folders[1], missing])))
+    assert f"{mixed / 'coffee.png'}: there is no control picture of that name in {folders[1]}; add coffee.png" in message
+    assert f"control_path = '{missing}': the folder cannot be read" in message
