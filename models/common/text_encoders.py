@@ -2,14 +2,16 @@
 
 import html
 import importlib.util
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import ftfy
 from tokenizers import Tokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer
 
 from utils.checkpoints.tensor_files import open_tensor_file
 from utils.errors import UserError
@@ -17,7 +19,17 @@ from utils.errors import UserError
 SPIECE_TENSOR = "spiece_model"
 """Name under which ComfyUI's text encoder files carry their sentencepiece model, as bytes."""
 NAMES = {"tokenizer.json": "json", "spiece.model": "spiece"}
-"""Tokenizer files by preference: the first kind needs no further package."""
+"""Tokenizer files of T5 and its kin by preference: the first kind needs no further package."""
+CLIP_NAMES = {"tokenizer.json": "json", "vocab.json": "clip"}
+"""Tokenizer files of CLIP.  Releases have ``vocab.json`` with ``merges.txt`` beside it."""
+QWEN_NAMES = {"tokenizer.json": "json", "vocab.json": "qwen"}
+"""Tokenizer files of Qwen 2 and 2.5, in the same way."""
+MERGES = "merges.txt"
+QWEN_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+"""Of Qwen 2 and 2.5, in the order of their ids, which follow those of the vocabulary."""
 
 
 def clean_caption(text: str) -> str:
@@ -40,20 +52,24 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """Where a tokenizer is: a ``tokenizer.json``, a ``spiece.model``, or a text encoder's file that carries the latter."""
+    """Where a tokenizer is: a file of one of the tables above, or a text encoder's file that carries it as a tensor."""
 
     path: Path
-    kind: Literal["json", "spiece", "tensor"]
+    kind: Literal["json", "spiece", "tensor", "clip", "qwen"]
 
     def read(self) -> bytes:
         """The tokenizer's bytes, its identity."""
         if self.kind == "tensor":
             return open_tensor_file(self.path).read(SPIECE_TENSOR).numpy().tobytes()
+        if self.kind in ("clip", "qwen"):
+            return json.dumps([self.path.read_text("utf-8"), self.path.with_name(MERGES).read_text("utf-8")]).encode()
         return self.path.read_bytes()
 
     def problem(self) -> str | None:
         """What keeps it from being used, to be reported before anything is loaded."""
-        if self.kind == "json" or importlib.util.find_spec("sentencepiece"):
+        if self.kind in ("clip", "qwen") and not self.path.with_name(MERGES).is_file():
+            return f"the tokenizer {self.path} has no {MERGES} beside it; download it again"
+        if self.kind in ("json", "clip", "qwen") or importlib.util.find_spec("sentencepiece"):
             return None
         return (
             f"the tokenizer in {self.path} is a sentencepiece model, and the package sentencepiece is not installed: "
@@ -63,16 +79,26 @@ class TokenizerFile:
     def load(self, max_tokens: int) -> Tokenize:
         """The tokenizer, with the end token among the ``max_tokens``.  UserError if the file is damaged."""
         try:
-            return (_load_json if self.kind == "json" else _load_spiece)(self.read(), max_tokens)
+            return LOADERS[self.kind](self.read(), max_tokens)
         except Exception as error:  # the libraries raise bare Exception and RuntimeError
             raise UserError(f"{self.path}: the tokenizer in it cannot be read ({error}); download it again") from error
 
+    def load_for(self, vocabulary: int, max_tokens: int) -> Tokenize:
+        """:meth:`load`, and UserError if the tokenizer has more tokens than the text encoder knows."""
+        tokenize = self.load(max_tokens)
+        if tokenize.vocabulary > vocabulary:
+            raise UserError(
+                f"{self.path} has {tokenize.vocabulary} tokens, the text encoder knows {vocabulary}: they do not belong together; "
+                "name the folder of the right tokenizer in [model] (see configs/README.md)"
+            )
+        return tokenize
 
-def find_tokenizer(path: Path) -> TokenizerFile | None:
-    """The tokenizer in a folder, or the one that a file is."""
-    if path.name in NAMES and path.is_file():
-        return TokenizerFile(path, NAMES[path.name])
-    return next((TokenizerFile(path / name, kind) for name, kind in NAMES.items() if (path / name).is_file()), None)
+
+def find_tokenizer(path: Path, names: Mapping[str, str] = NAMES) -> TokenizerFile | None:
+    """The tokenizer in a folder, or the one that a file is.  ``names``: the files it may be in, by preference, and their kinds."""
+    if path.name in names and path.is_file():
+        return TokenizerFile(path, names[path.name])
+    return next((TokenizerFile(path / name, kind) for name, kind in names.items() if (path / name).is_file()), None)
 
 
 def tokenizer_inside(weights: Path) -> TokenizerFile | None:
@@ -95,3 +121,22 @@ def _load_spiece(content: bytes, max_tokens: int) -> Tokenize:
 
     processor = SentencePieceProcessor(model_proto=content)
     return Tokenize(lambda text: [*processor.encode(text)[: max_tokens - 1], processor.eos_id()], processor.vocab_size())
+
+
+def _load_clip(content: bytes, max_tokens: int) -> Tokenize:
+    vocabulary, merges = json.loads(content)
+    # The first line is a comment with the version.
+    pairs = [tuple(line.split()) for line in merges.strip().split("\n")[1:]]
+    made = CLIPTokenizer(vocab=json.loads(vocabulary), merges=pairs)
+    return _load_json(made.backend_tokenizer.to_str().encode(), max_tokens)
+
+
+def _load_qwen(content: bytes, max_tokens: int) -> Tokenize:
+    vocabulary, merges = json.loads(content)
+    pairs = [tuple(line.split(" ")) for line in merges.strip().split("\n") if not line.startswith("#version")]
+    made = Qwen2Tokenizer(vocab=json.loads(vocabulary), merges=pairs)
+    made.add_tokens(list(QWEN_SPECIAL_TOKENS), special_tokens=True)
+    return _load_json(made.backend_tokenizer.to_str().encode(), max_tokens)
+
+
+LOADERS = {"json": _load_json, "spiece": _load_spiece, "tensor": _load_spiece, "clip": _load_clip, "qwen": _load_qwen}

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from utils.draw import generator
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")
+"""The last two tokens of CLIP's vocabulary."""
 State = dict[str, Tensor]
 
 
@@ -73,6 +75,21 @@ def write_t5_tokenizer(folder: Path) -> None:
     # transformers' T5 class would make the tokenizer anew, without the bytes.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": end, "unk_token": unknown}
     write_json(folder / "tokenizer_config.json", {**config, "model_max_length": 512})
+
+
+def write_clip_tokenizer(folder: Path, pad: str = CLIP_ENDS[1]) -> None:
+    """A small tokenizer in CLIP's form, ``vocab.json`` and ``merges.txt`` as in releases: every byte, and a few words.
+
+    ``pad``: the end token as in CLIP-L, ``!`` (token 0) as in CLIP-G.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("t", "h"), ("th", "e</w>"), ("r", "e"), ("re", "d</w>")]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), *CLIP_ENDS]
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges), "utf-8")
+    start, end = CLIP_ENDS
+    config = {"tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    write_json(folder / "tokenizer_config.json", {**config, "model_max_length": 77})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """Names of Wan's frozen networks: those of diffusers and transformers, and those of the release's `.pth` files.
 
-The release's names were read in Wan2.1's ``wan/modules/t5.py``, ``clip.py`` and ``vae.py``.  ComfyUI's files of the text and image
-encoders have transformers' names already, its VAE file has the release's.
+The release's names were read in Wan2.1's ``wan/modules/t5.py``, ``clip.py`` and ``vae.py``, and in Wan2.2's ``vae2_2.py``.
+ComfyUI's files of the text and image encoders have transformers' names already, its VAE file has the release's.
 """
 
+from models.common.wan_vae import PREFIXES, VAE_RESAMPLER, VAE_RESNET, VAE_RESNETS_UP, coder_rules, vae_key_map
 from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Rule, Transform
+
+__all__ = ["clip_key_map", "t5_key_map", "vae_22_key_map", "vae_key_map"]
 
 T5 = {
     "shared.weight": "token_embedding.weight",
@@ -35,33 +38,8 @@ CLIP_BLOCK = {
     "mlp.fc1.{p}": "mlp.0.{p}",
     "mlp.fc2.{p}": "mlp.2.{p}",
 }
-
-VAE = {
-    "quant_conv.{p}": "conv1.{p}",
-    "post_quant_conv.{p}": "conv2.{p}",
-}
-VAE_CODER = {
-    "conv_in.{p}": "conv1.{p}",
-    "mid_block.attentions.0.norm.gamma": "middle.1.norm.gamma",
-    "mid_block.attentions.0.to_qkv.{p}": "middle.1.to_qkv.{p}",
-    "mid_block.attentions.0.proj.{p}": "middle.1.proj.{p}",
-    "norm_out.gamma": "head.0.gamma",
-    "conv_out.{p}": "head.2.{p}",
-}
-VAE_RESNET = {
-    "norm1.gamma": "residual.0.gamma",
-    "conv1.{p}": "residual.2.{p}",
-    "norm2.gamma": "residual.3.gamma",
-    "conv2.{p}": "residual.6.{p}",
-    "conv_shortcut.{p}": "shortcut.{p}",
-}
-VAE_RESAMPLER = {
-    "resample.1.{p}": "resample.1.{p}",
-    "time_conv.{p}": "time_conv.{p}",
-}
-VAE_LEVELS = 4
-VAE_RESNETS_UP = 3
-"""Residual blocks of each level of the decoder; the release counts them and the resamplers on, diffusers counts each level anew."""
+VAE_22_RESNETS_DOWN = 2
+"""Residual blocks of each level of the Wan 2.2 VAE's encoder."""
 
 
 def _renames(table: dict[str, str], ours: str = "", theirs: str = "") -> list[Rule]:
@@ -72,6 +50,7 @@ def t5_key_map() -> KeyMap:
     """transformers' UMT5EncoderModel and the release's T5Encoder (``models_t5_umt5-xxl-enc-bf16.pth``)."""
     return KeyMap(
         [*_renames(T5), *_renames(T5_BLOCK, "encoder.block.{i}.", "blocks.{i}.")],
+        prefixes=("text_encoders.umt5xxl.transformer.",),  # in ComfyUI's all-in-one checkpoints
         # The same tensor as `shared`, and the sentencepiece model of ComfyUI's files.
         ignored=("encoder.embed_tokens.weight", "spiece_model"),
     )
@@ -94,18 +73,17 @@ def clip_key_map() -> KeyMap:
     return KeyMap(rules, prefixes=("visual.", "vision_model."), ignored=ignored)
 
 
-def vae_key_map() -> KeyMap:
-    """diffusers' AutoencoderKLWan and the release's WanVAE (``Wan2.1_VAE.pth``, ``wan_2.1_vae.safetensors``)."""
-    rules = _renames(VAE)
-    for coder in ("encoder.", "decoder."):
-        rules += _renames(VAE_CODER, coder, coder)
-        for ours, theirs in ((0, 0), (1, 2)):
-            rules += _renames(VAE_RESNET, f"{coder}mid_block.resnets.{ours}.", f"{coder}middle.{theirs}.")
-    rules += _renames({**VAE_RESNET, **VAE_RESAMPLER}, "encoder.down_blocks.{i}.", "encoder.downsamples.{i}.")
-    for level in range(VAE_LEVELS):
-        first = level * (VAE_RESNETS_UP + 1)
-        for index in range(VAE_RESNETS_UP):
-            rules += _renames(VAE_RESNET, f"decoder.up_blocks.{level}.resnets.{index}.", f"decoder.upsamples.{first + index}.")
-        resampler = f"decoder.upsamples.{first + VAE_RESNETS_UP}."
-        rules += _renames(VAE_RESAMPLER, f"decoder.up_blocks.{level}.upsamplers.0.", resampler)
-    return KeyMap(rules)
+def vae_22_key_map() -> KeyMap:
+    """diffusers' AutoencoderKLWan with ``is_residual`` and the release's WanVAE_ (``Wan2.2_VAE.pth``, ``wan2.2_vae.safetensors``).
+
+    Blocks are nested in levels on both sides.  The release counts the resampler of a level on after its residual blocks.
+    """
+    rules = coder_rules()
+    for ours, theirs, last in (
+        ("encoder.down_blocks.{i}.", "encoder.downsamples.{i}.downsamples.", VAE_22_RESNETS_DOWN),
+        ("decoder.up_blocks.{i}.", "decoder.upsamples.{i}.upsamples.", VAE_RESNETS_UP),
+    ):
+        rules += _renames(VAE_RESNET, ours + "resnets.{j}.", theirs + "{j}.")
+        resampler = "downsampler." if ours.startswith("encoder.") else "upsampler."
+        rules += _renames(VAE_RESAMPLER, ours + resampler, f"{theirs}{last}.")
+    return KeyMap(rules, prefixes=PREFIXES)

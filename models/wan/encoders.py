@@ -21,45 +21,50 @@ from models.common.networks import OpenedNetwork, open_network
 from models.common.text_encoders import Tokenize, TokenizerFile, clean_caption
 from models.wan.files import WanFiles
 from models.wan.networks import NETWORKS
+from models.wan.variants import Condition
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.errors import UserError
 
 MAX_TOKENS = 512
+KNOWN_FRAMES: dict[Condition, tuple[int, ...]] = {"first": (0,), "first and last": (0, -1)}
+"""The frames of a clip that are shown."""
 
 
-def wan_encoders(files: WanFiles, dtype: torch.dtype, takes_image: bool) -> list[ConditionEncoder]:
-    """The encoders of a variant, unloaded.  ``takes_image``: image to video."""
+def wan_encoders(files: WanFiles, dtype: torch.dtype, condition: Condition | None) -> list[ConditionEncoder]:
+    """The encoders of a variant, unloaded.  ``condition``: the frames that the model is shown, for image to video."""
     encoders: list[ConditionEncoder] = [
         # Always fp32, as the release runs it: in bf16 the latents, which are the targets of training, are off by up to 2 %.
-        WanVaeEncoder(open_network(NETWORKS["vae"], files.vae), torch.float32, with_condition=takes_image),
+        WanVaeEncoder(open_network(NETWORKS["vae"], files.vae), torch.float32, condition),
         WanTextEncoder(open_network(NETWORKS["text_encoder"], files.text_encoder), files.tokenizer, dtype),
     ]
-    if takes_image:
-        assert files.image_encoder is not None
+    if files.image_encoder:
+        assert condition is not None
         processor = json.loads(files.image_processor.read_text()) if files.image_processor else {}
-        encoders.append(WanImageEncoder(open_network(NETWORKS["image_encoder"], files.image_encoder), processor, dtype))
+        opened = open_network(NETWORKS["image_encoder"], files.image_encoder)
+        encoders.append(WanImageEncoder(opened, processor, dtype, condition))
     return encoders
 
 
 class WanVaeEncoder(LatentEncoder):
-    """Pixels to ``latents`` [16, f, h, w], fp32, normalised; for image to video also ``condition`` of the same shape.
+    """Pixels to ``latents`` [C, f, h, w], fp32, normalised; for image to video also ``condition`` of the same shape.
 
-    F = 4 k + 1 frames give f = k + 1; height and width are divided by 8.  The latents are the mode of the VAE's distribution.  The
-    condition is the encoding of a clip whose first frame is the real one and whose others are grey (0 in [-1, 1]).
+    F = 4 k + 1 frames give f = k + 1.  The VAE of Wan 2.1 has C = 16 and divides height and width by 8, that of Wan 2.2 has C = 48
+    and divides by 16.  The latents are the mode of the VAE's distribution.  The condition is the encoding of a clip whose first
+    frame, or first and last frame, is the real one and whose others are grey (0 in [-1, 1]).
     """
 
     name = "vae"
     reads = "pixels"
 
-    def __init__(self, opened: OpenedNetwork, dtype: torch.dtype, with_condition: bool):
+    def __init__(self, opened: OpenedNetwork, dtype: torch.dtype, condition: Condition | None):
         super().__init__(opened.source, opened.on_meta, dtype)
-        self.with_condition = with_condition
+        self.condition = condition
         self.config = dict(opened.on_meta().config)
         self.scale = ChannelScale(self.config["latents_mean"], self.config["latents_std"])
 
     def settings(self) -> dict[str, Any]:
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
-        return {"config": config, "with_condition": self.with_condition}
+        return {"config": config, "condition": self.condition}
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
@@ -68,10 +73,11 @@ class WanVaeEncoder(LatentEncoder):
     def _encode_item(self, pixels: Tensor) -> dict[str, Tensor]:
         assert (pixels.shape[1] - 1) % 4 == 0, f"{pixels.shape[1]} frames are not 4 k + 1"
         fields = {"latents": self._latents(pixels)}
-        if self.with_condition:
-            first_frame = torch.zeros_like(pixels)
-            first_frame[:, 0] = pixels[:, 0]
-            fields["condition"] = self._latents(first_frame)
+        if self.condition:
+            known = torch.zeros_like(pixels)
+            for frame in KNOWN_FRAMES[self.condition]:
+                known[:, frame] = pixels[:, frame]
+            fields["condition"] = self._latents(known)
         return fields
 
     def _latents(self, pixels: Tensor) -> Tensor:
@@ -127,24 +133,27 @@ class WanTextEncoder(FrozenEncoder):
 class WanImageEncoder(FrozenEncoder):
     """The first frame to ``clip`` [257, 1280]: the last but one hidden state of CLIP's vision tower, class token first.
 
-    The picture is prepared as diffusers' WanImageToVideoPipeline does it, with the model's image processor or CLIP's usual one:
-    shorter side to 224 (bicubic), centre, CLIP's mean and deviation.
+    First and last frame give [514, 1280], one after the other.  Pictures are prepared as diffusers' WanImageToVideoPipeline does
+    it, with the model's image processor or CLIP's usual one: shorter side to 224 (bicubic), centre, CLIP's mean and deviation.
     """
 
     name = "clip"
     reads = "pixels"
 
-    def __init__(self, opened: OpenedNetwork, processor: dict[str, Any], dtype: torch.dtype):
+    def __init__(self, opened: OpenedNetwork, processor: dict[str, Any], dtype: torch.dtype, condition: Condition):
         super().__init__(opened.source, opened.on_meta, dtype)
-        self.config = opened.config
+        self.config, self.condition = opened.config, condition
         self.processor = CLIPImageProcessorPil.from_dict(processor)
 
     def settings(self) -> dict[str, Any]:
-        return {"config": self.config, "processor": json.loads(self.processor.to_json_string())}
+        return {"config": self.config, "processor": json.loads(self.processor.to_json_string()), "condition": self.condition}
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
-        return [{"clip": self._states(item.pixels[:, 0])} for item in items]
+        return [{"clip": self._item_states(item.pixels)} for item in items]
+
+    def _item_states(self, pixels: Tensor) -> Tensor:
+        return torch.cat([self._states(pixels[:, frame]) for frame in KNOWN_FRAMES[self.condition]])
 
     def _states(self, frame: Tensor) -> Tensor:
         levels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,16 +1,17 @@
-"""Wan 2.1 text to video and image to video: the family's contract."""
+"""Wan 2.1 and 2.2: the family's contract."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
-from pydantic import Field
 from torch import Tensor, nn
 
 from models.base import Layout, ModelFamily
 from models.wan import encoders, files, keys, tiny
 from models.wan.layers import wan_layers
+from models.wan.options import DEFAULT_SHIFT, WanOptions
+from models.wan.variants import VARIANTS, trained_timesteps
 from utils.checkpoints.export import LoraFormat
 from utils.checkpoints.keymap import KeyMap
 from utils.checkpoints.weights import WeightSource
@@ -18,8 +19,8 @@ from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
 from utils.diffusion.paths import flow_path
-from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw
+from utils.errors import UserError
 from utils.pipeline.layer import PipelineLayer
 from utils.runtime import DTYPES
 
@@ -27,20 +28,15 @@ TEXT_TOKENS = 512
 """Text length the model was trained with; the image-to-video attention takes exactly the last 512 context tokens as text."""
 FRAMES_PER_LATENT = 4
 MODEL_TIMESTEPS = 1000
-
-
-class WanOptions(ModelOptions):
-    """``[model]`` for Wan."""
-
-    shift: Annotated[float, Field(gt=0)] | None = 3.0
-    """Constant timestep shift s: t' = s t / (1 + (s - 1) t). Inference at 480p uses 3, at 720p 5."""
+SIZES = {(30, 1536): "1.3b", (30, 3072): "5b"}
+"""By number and width of the blocks; the others are the 14B models."""
 
 
 class Family(ModelFamily):
-    """Wan 2.1."""
+    """Wan 2.1 and 2.2, one transformer per run."""
 
     Options: ClassVar[type[ModelOptions]] = WanOptions
-    variants: ClassVar[tuple[str, ...]] = tiny.VARIANTS
+    variants: ClassVar[tuple[str, ...]] = tuple(VARIANTS)
     # Every Linear of a block, of the added image attention too; not the embedders and not the head.
     adapter_targets: ClassVar[str] = (
         r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
@@ -49,25 +45,29 @@ class Family(ModelFamily):
     lora_format: ClassVar[LoraFormat] = LoraFormat(prefix="diffusion_model.", names="released")
 
     def __init__(self, options: WanOptions):
-        self.options = options
         self.files = files.find_files(options)
         self.config = files.transformer_config(self.files)
-        self.variant = files.variant_of(self.config)
-        self.size_rules = SizeRules(multiple=16, frame_step=FRAMES_PER_LATENT, fps=16.0)
-        self.timesteps = TimestepDistribution(
-            method=options.timestep_sample_method,
-            scale=options.sigmoid_scale,
-            shift=options.shift or 1.0,
-            low=options.min_t,
-            high=options.max_t,
-        )
+        self.expert = self.files.expert
+        self.variant = files.variant_of(self.config, self.expert)
+        self.facts = VARIANTS[self.variant]
+        self.options = self._with_timesteps(options)
+        self.size_rules = SizeRules(multiple=self.facts.multiple, frame_step=FRAMES_PER_LATENT, fps=self.facts.fps)
+        self.timesteps = self.timestep_distribution(DEFAULT_SHIFT)
 
-    @property
-    def takes_image(self) -> bool:
-        return self.variant == "wan-i2v"
+    def _with_timesteps(self, options: WanOptions) -> WanOptions:
+        """With the timesteps that the transformer is used for, where the options do not say which to train."""
+        low, high = trained_timesteps(self.facts, self.expert)
+        low = low if options.min_t is None else options.min_t
+        high = high if options.max_t is None else options.max_t
+        if low >= high:
+            raise UserError(
+                f"model.min_t = {low} and model.max_t = {high} leave no timestep to train; "
+                f"without them {self.facts.title} has its own limits, and 0 and 1 are all timesteps"
+            )
+        return options.model_copy(update={"min_t": low, "max_t": high})
 
     def encoders(self) -> list[ConditionEncoder]:
-        return encoders.wan_encoders(self.files, DTYPES[self.options.dtype], takes_image=self.takes_image)
+        return encoders.wan_encoders(self.files, DTYPES[self.options.dtype], self.facts.condition)
 
     def build_transformer(self) -> nn.Module:
         """In the weights' dtype, with what diffusers keeps in fp32 (time embedder, modulation tables, norms) in fp32."""
@@ -86,45 +86,65 @@ class Family(ModelFamily):
         return wan_layers(transformer)
 
     def prepare_inputs(self, batch: Batch, draw: Draw) -> MicroBatch:
-        """Stream for the embed layer (see ``layers.py``) and ``velocity`` [B, 16, F, H, W] fp32."""
+        """Stream for the embed layer (see ``layers.py``) and ``velocity`` [B, C, F, H, W] fp32.
+
+        For a clean first frame also ``mask`` [B, 1, F, 1, 1], which keeps that frame out of the loss.
+        """
         inputs: dict[str, list[Tensor]] = {"x": [], "t": [], "text": []}
-        velocities = []
+        target: dict[str, list[Tensor]] = {"velocity": []}
         for index, key in enumerate(batch.keys):
             sample = {name: values[index] for name, values in batch.fields.items()}
             latents = sample["latents"]
             t = self.timesteps.at(draw.quantile(key, "timestep"))
             path = flow_path(latents, draw.normal(key, "noise", tuple(latents.shape)), t)
-            velocities.append(path.velocity)
-            inputs["x"].append(torch.cat([path.noisy, *self._first_frame_channels(sample)]))
-            inputs["t"].append(torch.tensor(MODEL_TIMESTEPS * t, dtype=torch.float32))
+            noisy, times = path.noisy, torch.tensor(MODEL_TIMESTEPS * t, dtype=torch.float32)
+            # A picture has no frames after the first.
+            if self.options.first_frame and latents.shape[1] > 1:
+                noisy = torch.cat([latents[:, :1].float(), noisy[:, 1:]], dim=1)
+                times = torch.stack([torch.zeros_like(times), times])
+                target.setdefault("mask", []).append((torch.arange(latents.shape[1]) > 0).float().view(1, -1, 1, 1))
+            inputs["x"].append(torch.cat([noisy, *self._condition_channels(sample)]))
+            inputs["t"].append(times)
             inputs["text"].append(nn.functional.pad(sample["text"], (0, 0, 0, TEXT_TOKENS - len(sample["text"]))))
-            if self.takes_image:
+            if self.facts.with_clip:
                 inputs.setdefault("clip", []).append(sample["clip"])
+            target["velocity"].append(path.velocity)
         return MicroBatch(
             inputs={name: torch.stack(values) for name, values in inputs.items()},
-            target={"velocity": torch.stack(velocities)},
+            target={name: torch.stack(values) for name, values in target.items()},
         )
 
-    def _first_frame_channels(self, sample: dict[str, Tensor]) -> list[Tensor]:
+    def _condition_channels(self, sample: dict[str, Tensor]) -> list[Tensor]:
         """For image to video: mask [4, F, H, W] and condition [16, F, H, W].
 
         One mask channel per pixel frame of a latent frame, 1 where it is known: all four at the first latent frame (diffusers'
-        WanImageToVideoPipeline repeats the first pixel frame four times).
+        WanImageToVideoPipeline repeats the first pixel frame four times), the last at the last latent frame if the last frame is
+        known.
         """
-        if not self.takes_image:
+        if self.facts.condition is None:
             return []
         condition = sample["condition"].float()
         mask = torch.zeros(FRAMES_PER_LATENT, *condition.shape[1:])
         mask[:, 0] = 1
+        if self.facts.condition == "first and last":
+            mask[-1, -1] = 1
         return [mask, condition]
 
     def key_map(self) -> KeyMap:
         return keys.wan_key_map()
 
     def export_metadata(self) -> dict[str, str]:
-        size = "14b" if self.config["num_layers"] == 40 else "1.3b"
-        architecture = f"{self.variant.replace('wan-', 'wan2.1-')}-{size}"
-        return {"modelspec.architecture": architecture, "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1"}
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        size = SIZES.get((self.config["num_layers"], width), "14b")
+        metadata = {
+            "modelspec.architecture": f"{self.facts.release}-{self.facts.kind}-{size}",
+            "modelspec.implementation": f"https://github.com/Wan-Video/{self.facts.release.capitalize()}",
+        }
+        if self.expert:
+            metadata["modelspec.architecture"] += f"-{self.expert}-noise"
+            low, high = (round(MODEL_TIMESTEPS * t) for t in (self.options.min_t, self.options.max_t))
+            metadata["modelspec.timestep_range"] = f"{low},{high}"
+        return metadata
 
     @classmethod
     def write_tiny(cls, variant: str, folder: Path, layout: Layout, seed: int, scale: int = 1) -> None:

@@ -1,40 +1,47 @@
 """Where the parts of a Wan model are, in any of the layouts that people have.
 
-- a diffusers folder: ``transformer/``, ``vae/``, ``text_encoder/``, ``tokenizer/``, ``image_encoder/``, ``image_processor/``;
-- the original release: ``diffusion_pytorch_model*.safetensors``, ``config.json``, two or three ``.pth``, ``google/umt5-xxl/``;
-- ComfyUI's ``models`` folder: ``diffusion_models/``, ``text_encoders/``, ``vae/``, ``clip_vision/``; or a folder of such files;
+- a diffusers folder: ``transformer/``, ``vae/``, ``text_encoder/``, ``tokenizer/``, ``image_encoder/``, ``image_processor/``, and
+  ``transformer_2/`` of Wan 2.2 A14B;
+- the original release: ``diffusion_pytorch_model*.safetensors``, ``config.json``, two or three ``.pth``, ``google/umt5-xxl/``; of
+  Wan 2.2 A14B ``high_noise_model/`` and ``low_noise_model/``;
+- ComfyUI's ``models`` folder: ``diffusion_models/``, ``text_encoders/``, ``vae/``, ``clip_vision/``, or all in one in
+  ``checkpoints/``; or a folder of such files;
 - any single part under its own key.
 
 Only headers are read here.  All that is missing or does not fit is reported together.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from models.common.files import ANY_FILE, FileSearch, Place
 from models.common.networks import open_network
 from models.common.text_encoders import TokenizerFile
-from models.wan.networks import NETWORKS, variant_of
-from utils.config.schema import ModelOptions
+from models.wan.networks import NETWORKS
+from models.wan.options import WanOptions
+from models.wan.variants import VARIANTS, Expert, expert_named, variant_of
 
 __all__ = ["WanFiles", "find_files", "transformer_config", "variant_of"]
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = Place("checkpoints/**/*.safetensors")
 PLACES = {
     "transformer": (
         Place("transformer/*.safetensors", as_folder=True),
         Place("diffusion_pytorch_model*.safetensors", as_folder=True),
         Place("diffusion_models/**/*.safetensors"),
         Place("unet/**/*.safetensors"),
+        CHECKPOINTS,
         ANY_FILE,
     ),
     "vae": (
         Place("vae/diffusion_pytorch_model*.safetensors", as_folder=True),
-        Place("Wan2.1_VAE.pth"),
+        Place("Wan2.*_VAE.pth"),
         Place("vae/**/*.safetensors"),
+        CHECKPOINTS,
         ANY_FILE,
     ),
     "text_encoder": (
@@ -42,6 +49,7 @@ PLACES = {
         Place("models_t5_umt5-xxl-enc-*.pth"),
         Place("text_encoders/**/*.safetensors"),
         Place("clip/**/*.safetensors"),
+        CHECKPOINTS,
         ANY_FILE,
     ),
     "image_encoder": (
@@ -53,8 +61,23 @@ PLACES = {
 }
 """Searched in this order; the first place that holds the part counts."""
 
-TWO_TRANSFORMERS = {"transformer_2": "Wan 2.2 A14B (transformer_2/)", "high_noise_model": "Wan 2.2 A14B (high_noise_model/)"}
-"""Folders that tell a model whose shapes are those of a supported one."""
+EXPERT_FOLDERS = (
+    Place("transformer_2/*.safetensors", as_folder=True),
+    Place("high_noise_model/*.safetensors", as_folder=True),
+    Place("low_noise_model/*.safetensors", as_folder=True),
+)
+"""Where the two transformers of Wan 2.2 A14B are besides."""
+
+
+@dataclass(frozen=True)
+class ExpertPlace(Place):
+    """Of the files in a place those that are one expert by their name."""
+
+    expert: Expert = "high"
+
+    def candidates(self, root: Path) -> list[Path]:
+        return [path for path in super().candidates(root) if expert_named(path) == self.expert]
+
 
 TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl", "text_encoders/umt5-xxl", "umt5-xxl", ".")
 """Below ``[model] path``, and beside the text encoder."""
@@ -73,28 +96,32 @@ class WanFiles:
     text_encoder: Path
     tokenizer: TokenizerFile
     image_encoder: Path | None
-    """Only for image to video."""
+    """Only for Wan 2.1 image to video."""
     image_processor: Path | None
     """The image encoder's ``preprocessor_config.json``, if the layout has one."""
+    expert: Expert | None
+    """Which of the two transformers of Wan 2.2 A14B was found."""
 
 
-def find_files(options: ModelOptions) -> WanFiles:
+def find_files(options: WanOptions) -> WanFiles:
     """The parts that ``[model]`` names.  UserError with every part that is missing, ambiguous, damaged or does not fit."""
-    search = FileSearch(options, NETWORKS, PLACES)
-    if search.root and not options.transformer_path:
-        search.problems += [
-            f"model.path = {search.root} holds {told}, which is not supported yet; supported is Wan 2.1"
-            for name, told in TWO_TRANSFORMERS.items()
-            if (search.root / name).is_dir()
-        ]
+    expert = _expert(options)
+    networks, places = dict(NETWORKS), dict(PLACES)
+    if expert:
+        networks["transformer"] = replace(NETWORKS["transformer"], title=f"Wan transformer for {expert} noise")
+        everywhere = (*EXPERT_FOLDERS, *PLACES["transformer"])
+        places["transformer"] = tuple(ExpertPlace(place.pattern, place.as_folder, expert) for place in everywhere)
+    search = FileSearch(options, networks, places)
     transformer = search.part("transformer")
     config = transformer.config if transformer else {}
+    if transformer:
+        search.problems += _misplaced(options, config, expert)
     search.part("vae", config.get("out_channels"))
     search.part("text_encoder", config.get("text_dim"))
     if config.get("image_dim"):
         search.part("image_encoder", config["image_dim"])
     elif transformer and options.image_encoder_path:
-        log.warning("model.image_encoder_path has no effect: text to video uses no image encoder")
+        log.warning("model.image_encoder_path has no effect: this model uses no image encoder")
     tokenizer = search.tokenizer(TOKENIZER_FOLDERS, TOKENIZER_SOURCE)
     search.finish()
     assert tokenizer is not None
@@ -106,7 +133,54 @@ def find_files(options: ModelOptions) -> WanFiles:
         tokenizer=tokenizer,
         image_encoder=search.found.get("image_encoder"),
         image_processor=processor if processor and processor.is_file() else None,
+        expert=expert if VARIANTS[variant_of(config, expert)].boundary else None,
     )
+
+
+def _expert(options: WanOptions) -> Expert | None:
+    """Which expert of Wan 2.2 A14B is meant; None if nothing speaks of experts."""
+    if options.expert:
+        return options.expert
+    if options.transformer_path:
+        return expert_named(options.transformer_path)
+    experts = _experts_in(options.path)
+    if experts == {"high", "low"}:
+        log.warning(
+            "%s holds both transformers of Wan 2.2 A14B; this run trains the one for high noise; "
+            "model.expert = 'low' trains the other",
+            options.path,
+        )
+    return min(experts, default=None)  # "high" comes first
+
+
+def _experts_in(root: Path | None) -> set[Expert]:
+    """The experts in a folder; none if it holds transformers beside them, of which one may be meant."""
+    if root is None or not root.is_dir():
+        return set()
+    named = {expert_named(path) for place in (*EXPERT_FOLDERS, *PLACES["transformer"]) for path in place.candidates(root)}
+    return set() if None in named else named
+
+
+def _misplaced(options: WanOptions, config: dict[str, Any], expert: Expert | None) -> list[str]:
+    """Keys that do not fit the transformer that was found."""
+    variant = VARIANTS[variant_of(config, expert)]
+    named = options.transformer_path and expert_named(options.transformer_path)
+    given = f"model.expert = {options.expert!r}"
+    problems = []
+    if options.expert and variant.boundary is None:
+        problems.append(f"{given} is for Wan 2.2 A14B, which has two transformers; this is {variant.title}")
+    elif options.expert and named and named != options.expert:
+        problems.append(f"{given}, but by its name {options.transformer_path} is the transformer for {named} noise")
+    # Only the shape of 2.2's image to video tells it; its text to video may be any file beside a folder of both experts.
+    beside_experts = variant is VARIANTS["wan-t2v"] and options.transformer_path and _experts_in(options.path)
+    if expert is None and (variant.boundary is not None or beside_experts):
+        problems.append(
+            "it is not known which of the two transformers of Wan 2.2 A14B is meant; set model.expert to 'high' or 'low' "
+            "(noise), or name the file with model.transformer_path"
+        )
+    if options.first_frame and variant is not VARIANTS["wan-ti2v"]:
+        problems.append(f"model.first_frame = true is for Wan 2.2 TI2V-5B; this is {variant.title}")
+    return problems
 
 
 def transformer_config(files: WanFiles) -> dict[str, Any]:

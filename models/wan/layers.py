@@ -5,13 +5,13 @@ The stream, with B the micro-batch, D the inner width, L the video tokens and F,
 | name | shape | between |
 | --- | --- | --- |
 | x | [B, C_in, F, H, W] | input to embed: noisy latents, for image to video with mask and condition channels |
-| t | [B] fp32 | input to embed: 1000 times the timestep |
+| t | [B] or [B, 2] fp32 | input to embed: 1000 times the timestep; of a clean first latent frame and of the others |
 | text | [B, 512, text_dim] | input to embed: encoder states, zero-padded |
-| clip | [B, 257, 1280] | input to embed, image to video: image encoder states |
+| clip | [B, n, 1280] | input to embed, Wan 2.1 image to video: image encoder states of one frame (n = 257) or two (n = 514) |
 | hidden | [B, L, D] | embed to head |
-| context | [B, 512 (+ 257), D] | embed to last block: image tokens first, then text |
-| modulation | [B, 6, D] | embed to last block |
-| time | [B, D] | embed to head |
+| context | [B, 512 (+ n), D] | embed to last block: image tokens first, then text |
+| modulation | [B, 6, D] or [B, 2, 6, D] | embed to last block |
+| time | [B, D] or [B, 2, D] | embed to head |
 | grid | [3] int64 | embed to head: F, H, W in patches |
 | prediction | [B, C_out, F, H, W] | output of head |
 """
@@ -48,6 +48,17 @@ class RotaryTable:
         return self._tables[key]
 
 
+def by_token(values: Tensor, grid: Tensor) -> Tensor:
+    """What belongs to the first latent frame and to the others, [B, 2, ...], for each token: [B, L, ...].
+
+    So that only two of them cross a stage boundary, and not one for each token.
+    """
+    frames, height, width = grid.tolist()
+    rest = [-1] * (values.ndim - 2)
+    counts = (height * width, (frames - 1) * height * width)
+    return torch.cat([values[:, index : index + 1].expand(-1, count, *rest) for index, count in enumerate(counts)], dim=1)
+
+
 class EmbedLayer(PipelineLayer):
     """Patches, time, text and image to the stream that the blocks read."""
 
@@ -63,7 +74,10 @@ class EmbedLayer(PipelineLayer):
         # As at inference, without autocast: the time's sinusoid and its embedder stay in fp32 (bf16 would quantise the time).
         with torch.autocast(x.device.type, enabled=False):
             time, projection, context, image = self.condition_embedder(
-                stream["t"], stream["text"].to(weight_dtype), stream["clip"].to(weight_dtype) if "clip" in stream else None
+                stream["t"].flatten(),
+                stream["text"].to(weight_dtype),
+                self._images(stream["clip"]).to(weight_dtype) if "clip" in stream else None,
+                timestep_seq_len=stream["t"].shape[1] if stream["t"].ndim == 2 else None,
             )
             hidden = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         if image is not None:
@@ -72,10 +86,16 @@ class EmbedLayer(PipelineLayer):
         return Stream(
             hidden=hidden.flatten(2).transpose(1, 2),
             context=context,
-            modulation=projection.unflatten(1, (6, -1)),
+            modulation=projection.unflatten(-1, (6, -1)),
             time=time,
             grid=torch.tensor(grid, dtype=torch.int64, device="cpu"),
         )
+
+    def _images(self, states: Tensor) -> Tensor:
+        """With position embeddings diffusers wants the first and the last frame one after the other in the batch."""
+        if self.condition_embedder.image_embedder.pos_embed is None:
+            return states
+        return states.unflatten(1, (2, -1)).flatten(0, 1)
 
 
 class BlockLayer(PipelineLayer):
@@ -91,7 +111,10 @@ class BlockLayer(PipelineLayer):
     def run(self, stream: Stream) -> Stream:
         hidden = stream["hidden"]
         rotary = self._rotary[0].at(stream["grid"], hidden.device)
-        hidden = self.block(hidden, stream["context"], stream["modulation"], rotary)
+        modulation = stream["modulation"]
+        if modulation.ndim == 4:
+            modulation = by_token(modulation, stream["grid"])
+        hidden = self.block(hidden, stream["context"], modulation, rotary)
         return stream.replaced(drop=self._drop, hidden=hidden)
 
 
@@ -106,8 +129,11 @@ class HeadLayer(PipelineLayer):
         self.patch_size = transformer.config.patch_size
 
     def run(self, stream: Stream) -> Stream:
-        hidden = stream["hidden"]
-        shift, scale = (self.scale_shift_table + stream["time"].unsqueeze(1)).chunk(2, dim=1)
+        hidden, time = stream["hidden"], stream["time"]
+        table = self.scale_shift_table + time.unsqueeze(-2)
+        shift, scale = table.chunk(2, dim=-2)
+        if time.ndim == 3:
+            shift, scale = (by_token(part.squeeze(2), stream["grid"]) for part in (shift, scale))
         hidden = self.proj_out((self.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden))
         # [B, F H W, pt ph pw C] -> [B, C, F pt, H ph, W pw]
         hidden = hidden.unflatten(2, (*self.patch_size, -1)).unflatten(1, stream["grid"].tolist())

@@ -1,35 +1,21 @@
 """Wan's four networks."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from models.common.networks import Config, Network
-from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_key_map
+from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_22_key_map, vae_key_map
 from models.wan.keys import wan_key_map
 from models.wan.sizes import clip_config, t5_config, transformer_config, vae_config
+from models.wan.variants import variant_of
+from utils.checkpoints.keymap import KeyMap
 from utils.checkpoints.tensor_files import TensorInfo
 from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
-
-UNSUPPORTED = {
-    (36, 16, True, True): "Wan 2.1 first and last frame to video (flf2v)",
-    (36, 16, False, False): "Wan 2.2 I2V-A14B",
-    (48, 48, False, False): "Wan 2.2 TI2V-5B",
-    (48, 16, True, False): "Wan Fun Control",
-}
-SUPPORTED = {(16, 16, False, False): "wan-t2v", (36, 16, True, False): "wan-i2v"}
-"""Variants by (channels in, channels out, with CLIP branch, with position embedding of the CLIP branch)."""
-
-
-def variant_of(config: Config) -> str:
-    """``wan-t2v`` or ``wan-i2v``, by the transformer's config.  UserError, with what was recognised, for any other."""
-    with_image, with_positions = config.get("image_dim") is not None, config.get("pos_embed_seq_len") is not None
-    signature = (config["in_channels"], config["out_channels"], with_image, with_positions)
-    if signature in SUPPORTED:
-        return SUPPORTED[signature]
-    what = UNSUPPORTED.get(signature, f"an unknown Wan model with {signature[0]} channels in and {signature[1]} out")
-    raise UserError(f"this is {what}, which is not supported yet; supported are Wan 2.1 text to video and image to video")
 
 
 def _build_clip(config: Config) -> CLIPVisionModel:
@@ -55,6 +41,19 @@ class ClipWeights(WeightSource):
         return names
 
 
+class VaeWeights(WeightSource):
+    """The VAE of Wan 2.1 or that of Wan 2.2: diffusers and the release name them by two tables, and the one that fits is taken."""
+
+    def __init__(self, path: Path | Sequence[Path], key_map: KeyMap):
+        try:
+            super().__init__(path, key_map)
+        except UserError as error:
+            try:
+                super().__init__(path, vae_22_key_map())
+            except UserError:
+                raise error from None
+
+
 TIED = "encoder.embed_tokens.weight"
 """Another name of UMT5's ``shared.weight``; files hold it or not."""
 
@@ -69,12 +68,13 @@ NETWORKS = {
         family="wan",
     ),
     "vae": Network(
-        title="Wan 2.1 VAE",
+        title="Wan VAE",
         key_map=vae_key_map,
         kinds=("AutoencoderKLWan",),
         config=vae_config,
         build=AutoencoderKLWan.from_config,
         width=lambda config: config["z_dim"],
+        source=VaeWeights,
     ),
     "text_encoder": Network(
         title="UMT5 text encoder",

@@ -14,6 +14,26 @@ HEAD_DIM = 128
 CLIP_HEAD_DIM = 80
 """The same in CLIP ViT-H/14: 1280 / 16."""
 ROPE_POSITIONS = 1024
+VAE_22_LATENTS = {
+    "latents_mean": [
+        *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+        *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+        *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
+        *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    ],
+    "latents_std": [
+        *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+        *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+        *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+        *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+    ],
+}
+"""Mean and deviation of the Wan 2.2 VAE's latents by channel, from ``wan/modules/vae2_2.py``.
+
+Those of 2.1 are the defaults of diffusers' class.
+"""
+VAE_TOP = 4
+"""How many times its base width the decoder is wide where it begins."""
 
 RELEASED_SIZES = {
     "dim": lambda config: config["num_attention_heads"] * config["attention_head_dim"],
@@ -84,9 +104,26 @@ def transformer_config(names: Names, given: Config | None) -> Config:
 
 
 def vae_config(names: Names, given: Config | None) -> Config:
+    """The 2.2 VAE is known by its blocks, which are nested; it reads and makes patches of pixels."""
     if given:
         return {name: value for name, value in given.items() if not name.startswith("_")}
-    return {"base_dim": _rows(names, "encoder.conv_in.weight"), "z_dim": _rows(names, "post_quant_conv.weight")}
+    base, latents = _rows(names, "encoder.conv_in.weight"), _rows(names, "post_quant_conv.weight")
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in names:
+        return {"base_dim": base, "z_dim": latents}
+    pixels = _columns(names, "encoder.conv_in.weight")
+    patch = math.isqrt(pixels // 3)
+    return {
+        "base_dim": base,
+        "decoder_base_dim": _rows(names, "decoder.conv_in.weight") // VAE_TOP,
+        "z_dim": latents,
+        "is_residual": True,
+        "in_channels": pixels,
+        "out_channels": pixels,
+        "patch_size": patch,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 8 * patch,
+        **VAE_22_LATENTS,
+    }
 
 
 def t5_config(names: Names, given: Config | None) -> Config:

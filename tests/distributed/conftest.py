@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from models import load_family
+from models.tiny import variants
 from tests.distributed.harness import ROOT, run_world
 
 
@@ -22,7 +22,7 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
     @cache
     def write(variant: str, layout: str = "diffusers") -> Path:
         folder = tmp_path_factory.mktemp("tiny") / variant
-        load_family("wan").write_tiny(variant, folder, layout, seed=1)
+        variants()[variant].write_tiny(variant, folder, layout, seed=1)
         return folder
 
     return write

@@ -205,6 +205,27 @@ def test_the_lora_of_a_run_loads_whole_in_diffusers_and_computes_the_same(worksp
     assert (prediction(transformer) - trained).abs().max() <= 1e-5
 
 
+def test_a_run_starts_from_a_lora_or_on_a_base_with_one(workspace, tiny):
+    """With a learning rate of 0 the new run's first loss tells which model it began with."""
+    model = tiny("wan-t2v")
+    workspace.train(workspace.config("first", model, adapter={"rank": 4, "alpha": 6}, max_steps=3))
+    lora = str(export_of(workspace.run("first")))
+    frozen = {"optimizer": {"type": "sgd", "lr": 0.0}, "max_steps": 1}
+    merged = {"type": "wan", "path": str(model), "dtype": "float32", "merge_adapters": [{"path": lora}]}
+    runs = {
+        "plain": {"adapter": {"rank": 4}},
+        "started": {"adapter": {"rank": 4, "alpha": 1, "init_from": lora}},
+        "merged": {"adapter": {"rank": 4}, "model": merged},
+    }
+    for name, changes in runs.items():
+        workspace.train(workspace.config(name, model, **changes, **frozen))
+    plain, started, merged = (losses_of(workspace.run(name))[0][1] for name in runs)
+    assert abs(started - plain) > 1e-5
+    assert started == pytest.approx(merged, rel=1e-6)
+    wrong = workspace.config("wrong", model, adapter={"rank": 8, "init_from": lora})
+    assert "has rank 4, adapter.rank = 8; set adapter.rank to the file's" in workspace.train(wrong, "--check", expect=2)
+
+
 def test_no_path_of_the_user_is_in_an_export(workspace, tiny):
     workspace.train(workspace.config("run", tiny("wan-t2v"), max_steps=1))
     with safe_open(export_of(workspace.run("run")), "pt") as file:

@@ -10,6 +10,7 @@ from utils.adapters.manager import AdapterManager
 from utils.checkpoints.weights import check_names
 from utils.config.schema import AdapterConfig
 from utils.errors import UserError
+from utils.pipeline.stage_weights import names_of
 
 VARIANTS = [(name, variant) for name in family_names() for variant in load_family(name).variants]
 
@@ -47,13 +48,16 @@ def test_every_key_goes_to_the_release_and_back(family):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_the_default_adapter_is_on_linear_layers_of_every_block(family):
+def test_the_default_adapter_is_on_linear_modules_of_every_layer_with_attention(family):
     transformer = on_meta(family)
-    names = AdapterManager(AdapterConfig(rank=2), family.adapter_targets).target_names(transformer)
+    layers = family.layers(transformer)
+    targets = AdapterManager(AdapterConfig(rank=2), family.adapter_targets).target_names(transformer)
     modules = dict(transformer.named_modules())
-    assert all(isinstance(modules[name], torch.nn.Linear) for name in names)
-    blocks = {name.split(".")[1] for name in modules if name.startswith("blocks.")}
-    assert {name.split(".")[1] for name in names} == blocks
+    assert all(isinstance(modules[name], torch.nn.Linear) for name in targets)
+    weights = {f"{name}.weight" for name in targets}
+    for layer in layers:
+        names = names_of([layer], transformer)
+        assert weights.intersection(names) or not any(".attn" in name for name in names), names
 
 
 def test_adapters_begin_as_nothing_and_depend_on_seed_and_name_alone(family):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
@@ -15,6 +15,7 @@ from models import family_names, load_family, tiny
 from models.common.text_encoders import find_tokenizer
 from models.common.tiny import write_t5_tokenizer
 from models.wan.tiny import VARIANTS, tiny_model, write_tiny
+from tests.models.wan.reference import PIPELINES
 from utils.errors import UserError
 
 LAYOUTS = ("diffusers", "released", "comfy")
@@ -81,14 +82,18 @@ def test_every_parameter_is_random(tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_diffusers_loads_it_whole_and_every_weight_matters(tmp_path, variant):
     write_tiny(variant, tmp_path, "diffusers", seed=0)
-    pipeline = {"wan-t2v": WanPipeline, "wan-i2v": WanImageToVideoPipeline}[variant].from_pretrained(tmp_path)
-    _, report = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
-    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    transformer = pipeline.transformer
+    pipeline = PIPELINES[variant].from_pretrained(tmp_path)
+    loaded = [name for name in ("transformer", "transformer_2") if getattr(pipeline, name) is not None]
+    assert len(loaded) == 2 if variant.startswith("wan22") else loaded == ["transformer"]
+    for name in loaded:
+        _, report = WanTransformer3DModel.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    transformer = getattr(pipeline, loaded[-1])
     config = transformer.config
     assert config.num_layers == 4
     inputs = torch.randn(1, config.in_channels, 2, 4, 6)
-    image = torch.randn(1, 257, config.image_dim) if config.image_dim else None
+    images = 2 if config.pos_embed_seq_len else 1
+    image = torch.randn(images, 257, config.image_dim) if config.image_dim else None
     text = torch.randn(1, 512, config.text_dim)
     output = transformer(inputs, torch.tensor([500.0]), text, encoder_hidden_states_image=image, return_dict=False)[0]
     output.square().mean().backward()

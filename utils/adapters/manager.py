@@ -3,13 +3,16 @@
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from utils.checkpoints.weights import canonical_name
+from utils.checkpoints.export import LoraFile
+from utils.checkpoints.tensor_files import TensorInfo
+from utils.checkpoints.weights import NamedWeights, canonical_name
 from utils.config.schema import AdapterConfig
 from utils.draw import generator
 from utils.errors import UserError
@@ -35,7 +38,8 @@ class AdapterManager:
         self.config = config
         self.targets = config.target_modules or default_targets
         self.alpha = config.rank if config.alpha is None else config.alpha
-        self.scale = self.alpha / config.rank
+        # rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+        self.scale = self.alpha / (math.sqrt(config.rank) if config.type == "rslora" else config.rank)
 
     def target_names(self, transformer: nn.Module) -> list[str]:
         """Diffusers names of the modules that get an adapter, in the model's order.
@@ -70,6 +74,7 @@ class AdapterManager:
             r=self.config.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.config.dropout,
+            use_rslora=self.config.type == "rslora",
             # The names themselves: PEFT takes list entries as endings, so a pattern of exact names is the only unambiguous form.
             target_modules="|".join(re.escape(name) for name in names),
         )
@@ -95,6 +100,53 @@ class AdapterManager:
                 uniform = torch.rand(like.shape, generator=generator(seed, "adapter", name), dtype=torch.float32)
                 values[name] = ((2 * uniform - 1) * bound).to(like.dtype)
         return values
+
+    def values_from(self, file: LoraFile, names: Iterable[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+        """Start values from a LoRA that was read, for those of ``names`` that it has; what it computes is what ours computes.
+
+        Raises UserError if it has another rank, or modules that this adapter does not have.
+        """
+        wanted = dict(names)
+        ranks = {name: value.shape[0] for name, value in file.weights.items() if ".lora_A." in name}
+        if wrong := [name for name, rank in ranks.items() if rank != self.config.rank]:
+            raise UserError(
+                f"adapter.init_from = {path} has rank {ranks[wrong[0]]}, adapter.rank = {self.config.rank}; "
+                "set adapter.rank to the file's"
+            )
+        values = {}
+        for name, like in wanted.items():
+            if name in file.weights:
+                module = name.partition(".lora_")[0]
+                factor = file.scales[module] / self.scale if ".lora_B." in name else 1.0
+                values[name] = (file.weights[name].float() * factor).to(like.dtype)
+        return values
+
+
+class MergedWeights:
+    """A model's weights with LoRAs added: W + weight * scale * B A, computed in fp32 and rounded once to the weight's dtype."""
+
+    def __init__(self, base: NamedWeights, merged: Iterable[tuple[LoraFile, float]]):
+        self.base, self.merged = base, list(merged)
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        return self.base.names()
+
+    def read(self, name: str) -> Tensor:
+        value = self.base.read(name)
+        module = name.removesuffix(".weight")
+        for file, weight in self.merged:
+            if name.endswith(".weight") and module in file.scales:
+                down, up = (file.weights[f"{module}.lora_{side}.weight"].float() for side in "AB")
+                delta = (up.flatten(1) @ down.flatten(1)).view(value.shape)
+                value = (value.float() + weight * file.scales[module] * delta).to(value.dtype)
+        return value
+
+
+def adaptable_modules(weights: NamedWeights) -> list[str]:
+    """Modules of a model that a LoRA may be on: those with a weight of two dimensions or more."""
+    return [
+        name.removesuffix(".weight") for name, info in weights.names().items() if name.endswith(".weight") and len(info.shape) > 1
+    ]
 
 
 def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ name is replaced by a good one or not at all.  Nothing of the machine goes into 
 import hashlib
 import json
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -111,9 +112,9 @@ def export_lora(
     ``weights`` and ``expected`` (shapes, of the whole model) go by diffusers name: ``<module>.lora_A.weight`` [rank, in] and
     ``<module>.lora_B.weight`` [out, rank], or the same for a convolution.  ``family`` is the family's own metadata.
 
-    B is multiplied by alpha / rank in fp32 before it is cast: readers disagree about ``.alpha``, and so all of them apply the
-    training's strength.  Raises UserError, and leaves no file, if a weight is missing, misshapen or not finite, or the disk is
-    full.
+    Adapters of modules that the naming holds as one (q, k, v) become one of their ranks' sum.  B is multiplied by alpha / rank in
+    fp32 before it is cast: readers disagree about ``.alpha``, and so all of them apply the training's strength.  Raises UserError,
+    and leaves no file, if a weight is missing, misshapen or not finite, or the disk is full.
     """
     path = folder / f"{name}.safetensors"
     _compare_names(path, weights, expected)
@@ -139,16 +140,23 @@ def export_full(
     dtype: torch.dtype | None,
     family: Mapping[str, str],
     facts: TrainingFacts,
+    prefix: str = "",
+    companions: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the whole model in its released layout to ``<folder>/<name>.safetensors`` and return the path.
 
     ``weights`` and ``expected`` (shapes) go by diffusers name.  ``weights`` may read each tensor when it is asked for (twice): no
     more than one released tensor is held at a time.  ``dtype`` None: each weight's own.  Errors as :func:`export_lora`.
+
+    ``prefix`` stands before the released names.  ``companions`` are written as they are: what the release has in the same file.
     """
     path = folder / f"{name}.safetensors"
     _compare_names(path, weights, expected)
-    build = partial(_ReleasedTensors, key_map=key_map, dtype=dtype)
-    _write_checked(path, build(weights), build(_on_meta(expected)), {**family, **facts.metadata(name)})
+    build = partial(ReleasedTensors, key_map=key_map, dtype=dtype, prefix=prefix)
+    beside = companions or {}
+    told = _on_meta({key: tensor.shape for key, tensor in beside.items()})
+    tensors, wanted = ChainMap(build(weights), beside), ChainMap(build(_on_meta(expected)), told)
+    _write_checked(path, tensors, wanted, {**family, **facts.metadata(name)})
     return path
 
 
@@ -200,15 +208,15 @@ def _zero_rows(module: str, other: str, up: Tensor, key_map: KeyMap) -> Tensor:
     return up.new_zeros(len(up) * (stop - start) // (other_stop - other_start), *up.shape[1:])
 
 
-class _ReleasedTensors(Mapping[str, Tensor]):
-    """A model's weights by released name, each made when it is asked for."""
+class ReleasedTensors(Mapping[str, Tensor]):
+    """A network's weights by ``prefix`` and released name, each made when it is asked for.  ``dtype`` None: each weight's own."""
 
-    def __init__(self, weights: Mapping[str, Tensor], key_map: KeyMap, dtype: torch.dtype | None):
+    def __init__(self, weights: Mapping[str, Tensor], key_map: KeyMap, dtype: torch.dtype | None, prefix: str = ""):
         self._weights, self._key_map, self._dtype = weights, key_map, dtype
         self._parts: dict[str, list[str]] = {}
         for name in weights:
             if key_map.diffusers_names(name, "diffusers"):  # not one that the release does without
-                self._parts.setdefault(key_map.released_name(name), []).append(name)
+                self._parts.setdefault(prefix + key_map.released_name(name), []).append(name)
 
     def __getitem__(self, key: str) -> Tensor:
         [tensor] = self._key_map.to_released({name: self._weights[name] for name in self._parts[key]}).values()
@@ -316,8 +324,10 @@ class LoraFile:
 def load_lora(path: Path, modules: Iterable[str], key_map: KeyMap) -> LoraFile:
     """Read a LoRA file of this project or of another trainer, in any of the usual spellings.
 
-    ``modules``: diffusers paths of the model's modules that can have an adapter.  Raises UserError for a file that is not whole,
-    for a key that belongs to no module, for half an adapter, and for matrices that do not fit together.
+    ``modules``: diffusers paths of the model's modules that can have an adapter.  An adapter of a fused module is given to each of
+    its parts; one that was put together from adapters of the parts is taken apart, so that each has its own rank again.  Raises
+    UserError for a file that is not whole, for a key that belongs to no module, for half an adapter or two of one module, and for
+    matrices that do not fit together.
     """
     try:
         file = SafetensorsFile(path)
@@ -386,8 +396,9 @@ def _owners_by_spelling(modules: Iterable[str], key_map: KeyMap) -> dict[str, di
     """For each spelling of a path the modules that it means, and which rows of B are theirs (several share a fused one)."""
     released: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
     diffusers: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
-    for module in modules:
-        source = key_map.sources_of(f"{module}.weight", "released")
+    sources = {module: key_map.sources_of(f"{module}.weight", "released") for module in modules}
+    # Those that share a tensor in the order of its rows.
+    for module, source in sorted(sources.items(), key=lambda item: item[1].share or ()):
         for prefix, separator in _PATH_SPELLINGS:
             spelling = prefix + source.key.removesuffix(".weight").replace(".", separator)
             released.setdefault(spelling, {})[module] = source.take

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,16 @@ Shape = Sequence[int]
 NAMED = 5
 MODEL_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
 QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
+
+
+class NamedWeights(Protocol):
+    """Weights that are read one by one, by diffusers name."""
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """What there is, without reading it."""
+
+    def read(self, name: str) -> Tensor:
+        """One weight, on the CPU, in memory of its own."""
 
 
 class WeightSource:
@@ -191,7 +202,7 @@ def canonical_name(name: str) -> str:
 def materialise(
     module: nn.Module,
     names: Iterable[str],
-    source: WeightSource | Mapping[str, Tensor],
+    source: NamedWeights | Mapping[str, Tensor],
     *,
     device: torch.device | str,
     name_of: Callable[[str], str] = canonical_name,
@@ -208,13 +219,13 @@ def materialise(
     tensors = [(name_of(name), tensor) for name, tensor in _persistent(module) if name_of(name) in wanted]
     if strange := sorted(wanted - {name for name, _ in tensors}):
         raise ValueError(f"the module has no {_shortened(strange)}")
-    found = source.names() if isinstance(source, WeightSource) else source
+    found = source if isinstance(source, Mapping) else source.names()
     held = wanted & set(found)  # a mapping that reads when asked would read to answer `in`
     if problems := _lacking({name: found[name].shape for name in held}, {name: tensor.shape for name, tensor in tensors}):
         raise UserError(listed(problems, "the weights do not fit the model:"))
     for name, tensor in tensors:
         if tensor.is_meta:  # tied weights come twice
-            value = source.read(name) if isinstance(source, WeightSource) else source[name].detach().clone()
+            value = source[name].detach().clone() if isinstance(source, Mapping) else source.read(name)
             _fill(tensor, value.to(device=device, dtype=tensor.dtype))
     return left_on_meta(module, name_of=name_of)
 

@@ -14,6 +14,8 @@ RENAMED = {
     "model.diffusers_path": "model.path",
     "model.llm_path": "model.text_encoder_path",
     "model.clip_path": "model.image_encoder_path",
+    "adapter.init_from_existing": "adapter.init_from",
+    "adapter.fuse_adapters": "model.merge_adapters",
 }
 """Other names for the same thing."""
 MONITORING = {"wandb_tracker_name": "project", "wandb_run_name": "name"}
@@ -45,12 +47,10 @@ _API_KEY = "a secret does not belong in a file that is copied into the run's fol
 REFUSED = {
     "image_micro_batch_size_per_gpu": "all buckets have the batch size micro_batch_size_per_gpu; remove the key",
     "force_constant_lr": 'set [optimizer] lr and lr_scheduler = "constant"',
-    "pseudo_huber_c": "the loss is the mean squared error; remove the key",
+    "pseudo_huber_c": 'set [model] loss = "pseudo_huber" and loss_delta',
     "eval_every_n_examples": "use eval_every_n_steps or eval_every_n_epochs",
     "save_every_n_examples": "use save_every_n_steps or save_every_n_epochs",
     "resume_from_checkpoint": 'set run_name and resume = "latest", or start with --resume',
-    "adapter.init_from_existing": "an adapter cannot start from a file; remove the key",
-    "adapter.fuse_adapters": "adapters cannot be merged into the base weights before training; remove the key",
     "monitoring.wandb_api_key": _API_KEY,
     "wandb.api_key": _API_KEY,
 }

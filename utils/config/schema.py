@@ -85,6 +85,15 @@ class Table(BaseModel):
     )
 
 
+class MergedAdapter(Table):
+    """One entry of ``merge_adapters``."""
+
+    path: FilePath
+    """A LoRA file, of ComfyUI, diffusers, kohya or PEFT."""
+    weight: float = 1.0
+    """Strength at which it is added to the base weights."""
+
+
 class ModelOptions(Table):
     """``[model]``: what every family understands.  Families add their own keys in a subclass."""
 
@@ -102,20 +111,28 @@ class ModelOptions(Table):
     """The image encoder (CLIP vision) alone: `.safetensors`, `.pth` or a folder."""
     tokenizer_path: FilePath | None = None
     """A tokenizer folder, for files that carry no tokenizer."""
+    merge_adapters: list[MergedAdapter] = []
+    """LoRAs that are added to the base weights before training."""
     dtype: TrainingDtype = "bfloat16"
     """The dtype of computing, and of the encoders."""
     transformer_dtype: TrainingDtype | None = None
     """The dtype in which the transformer's weights are held. Default: `dtype`."""
-    timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How timesteps are drawn before the shift."""
+    timestep_sample_method: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
+    """How timesteps are drawn before the shift; `mode` and `cosmap` are those of the SD3 paper."""
     sigmoid_scale: Annotated[float, Field(gt=0)] = 1.0
     """Scale of the normal before the sigmoid of `logit_normal`."""
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
+    """Scale of `mode`: above 0 the middle is drawn more often, below 0 the ends."""
     shift: Annotated[float, Field(gt=0)] | None = None
     """Constant timestep shift s: t' = s t / (1 + (s - 1) t). Default: the family's."""
     min_t: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Lower end of the timesteps that are trained. The distribution is cut there, not squeezed."""
     max_t: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Upper end of the timesteps that are trained."""
+    loss: Literal["mse", "huber", "smooth_l1", "pseudo_huber"] = "mse"
+    """The loss of each element. All of them are the square near zero; the others are linear far away."""
+    loss_delta: Annotated[float, Field(gt=0)] = 0.1
+    """Where `huber`, `smooth_l1` and `pseudo_huber` turn from the square to the line."""
 
     @field_validator("max_t")
     @classmethod
@@ -128,12 +145,14 @@ class ModelOptions(Table):
 class AdapterConfig(Table):
     """``[adapter]``: train a small adapter. Without this table the whole transformer is trained."""
 
-    type: Literal["lora"] = "lora"
-    """The kind of adapter."""
+    type: Literal["lora", "rslora"] = "lora"
+    """The kind of adapter. `rslora` is scaled by alpha / sqrt(rank) instead."""
     rank: PositiveInt
     """Rank of the adapter's matrices."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The adapter is scaled by alpha / rank. Default: `rank`, a scale of 1."""
+    init_from: FilePath | None = None
+    """A LoRA file of the same rank to start from, of ComfyUI, diffusers, kohya or PEFT, instead of from nothing."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     dtype: TrainingDtype = "float32"

@@ -304,6 +304,7 @@ def _item(sample: Sample, encoder: ConditionEncoder) -> EncodeItem:
         controls=tuple(load_pixels(control.path, picture, None, sample.clip_mode) for control in sample.controls)
         if "controls" in encoder.reads
         else (),
+        original_size=sample.original_size,
     )
 
 

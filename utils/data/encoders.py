@@ -13,13 +13,15 @@ class EncodeItem:
     """One thing to encode.
 
     ``pixels``, fp32 [3, frames, height, width] in [-1, 1], for encoders that look; ``caption`` for those that read; ``controls``,
-    each like the pixels of a picture, for those that look at the control pictures.
+    each like the pixels of a picture, for those that look at the control pictures.  ``original_size``: (width, height) of the file
+    that the pixels were scaled and cropped from (``media.covering`` tells how), if it is known.
     """
 
     key: str
     caption: str | None = None
     pixels: Tensor | None = None
     controls: tuple[Tensor, ...] = ()
+    original_size: tuple[int, int] | None = None
 
 
 class ConditionEncoder(ABC):

@@ -57,6 +57,23 @@ class MediaError(UserError):
 
 
 @dataclass(frozen=True)
+class Covering:
+    """The size that a picture is scaled to, and the left upper corner of what is cut out of that, in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def covering(size: tuple[int, int], target: tuple[int, int]) -> Covering:
+    """How a picture of ``size`` just covers ``target``, with its centre; both (width, height)."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+    return Covering(width, height, (width - target[0]) // 2, (height - target[1]) // 2)
+
+
+@dataclass(frozen=True)
 class MediaInfo:
     """Size in pixels as displayed (turned upright, square pixels), and length."""
 
@@ -146,11 +163,9 @@ def _picture(path: Path) -> Image.Image:
 
 def _fitted(image: Image.Image, bucket: Bucket) -> np.ndarray:
     """uint8 [height, width, 3]: the centre of the picture scaled to just cover the bucket."""
-    scale = max(bucket.width / image.width, bucket.height / image.height)
-    width, height = max(bucket.width, round(image.width * scale)), max(bucket.height, round(image.height * scale))
-    left, top = (width - bucket.width) // 2, (height - bucket.height) // 2
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(scaled.crop((left, top, left + bucket.width, top + bucket.height)))
+    cover = covering(image.size, (bucket.width, bucket.height))
+    scaled = image.resize((cover.width, cover.height), Image.Resampling.LANCZOS)
+    return np.asarray(scaled.crop((cover.left, cover.top, cover.left + bucket.width, cover.top + bucket.height)))
 
 
 # ── clips ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -147,6 +147,7 @@ def _samples(
                     fps=fps if is_clip(path) else None,
                     num_repeats=settings.num_repeats,
                     controls=tuple(Control(control, looks[control].content) for control in listing.controls[path]),
+                    original_size=(look.info.width, look.info.height),
                 )
             )
     return samples

@@ -55,6 +55,8 @@ class Sample:
     num_repeats: int
     controls: tuple[Control, ...] = ()
     """In the order of the directory's ``control_path``; scaled and cropped to the sample's bucket."""
+    original_size: tuple[int, int] | None = None
+    """(width, height) of the file as it is displayed."""
 
 
 @dataclass(frozen=True)

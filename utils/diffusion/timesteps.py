@@ -30,10 +30,31 @@ def _logit_normal_cumulative(t: float, scale: float) -> float:
     return _NORMAL.cdf(math.log(t / (1 - t)) / scale) if 0 < t < 1 else float(t >= 1)
 
 
+def _mode_quantile(place: float, scale: float) -> float:
+    u = 1 - place
+    return 1 - u - scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+
+def _mode_cumulative(t: float, scale: float) -> float:
+    """By bisection: the quantile function rises for -1 <= scale <= 2 / (pi - 2), and has no inverse in closed form."""
+    low, high = 0.0, 1.0
+    for _ in range(60):  # 2^-60 is below the resolution of fp64
+        middle = (low + high) / 2
+        low, high = (middle, high) if _mode_quantile(middle, scale) < t else (low, middle)
+    return (low + high) / 2
+
+
 BASE_DISTRIBUTIONS = {
     "uniform": BaseDistribution(quantile=lambda place, scale: place, cumulative=lambda t, scale: t),
     # Esser et al. 2024 (arXiv 2403.03206), section 3.1: t = sigmoid(scale * N(0, 1)).
     "logit_normal": BaseDistribution(quantile=_logit_normal_quantile, cumulative=_logit_normal_cumulative),
+    # The same paper: t = 1 - u - s (cos^2(pi u / 2) - 1 + u); s > 0 prefers the middle, s < 0 the ends, s = 0 is uniform.
+    "mode": BaseDistribution(quantile=_mode_quantile, cumulative=_mode_cumulative),
+    # The same paper, CosMap: t = 1 - 1 / (tan(pi u / 2) + 1), the density that a cosine schedule has in sigma.
+    "cosmap": BaseDistribution(
+        quantile=lambda place, scale: 1 - 1 / (math.tan(math.pi * place / 2) + 1),
+        cumulative=lambda t, scale: 2 / math.pi * math.atan2(t, 1 - t),
+    ),
 }
 
 

@@ -36,6 +36,9 @@ class PipelineLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, stream: Stream) -> Stream:
+        # A view of each tensor, so that the gradients of its uses in this layer are summed before those of other layers join: as
+        # they are when a stage ends here.  Otherwise a tensor that is used in several layers has other bits on other stages.
+        stream = Stream({name: tensor.view_as(tensor) if tensor.requires_grad else tensor for name, tensor in stream.items()})
         with self.autocast or nullcontext():
             stream = self.run(stream)
         return Stream({name: tensor.contiguous() for name, tensor in stream.items()})

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints.weights import WeightSource, canonical_name, materialise
+from utils.checkpoints.weights import NamedWeights, canonical_name, materialise
 from utils.pipeline.layer import PipelineLayer
 
 
@@ -18,7 +18,7 @@ def names_of(layers: Sequence[PipelineLayer], transformer: nn.Module) -> list[st
 def fill_stage(
     transformer: nn.Module,
     layers: Sequence[PipelineLayer],
-    base: WeightSource,
+    base: NamedWeights,
     trained: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:

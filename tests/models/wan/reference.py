@@ -10,8 +10,16 @@ from models.base import ModelFamily
 from utils.data.values import Batch
 from utils.draw import generator
 
-PIPELINES = {"wan-t2v": WanPipeline, "wan-i2v": WanImageToVideoPipeline}
+PIPELINES = {
+    "wan-t2v": WanPipeline,
+    "wan-i2v": WanImageToVideoPipeline,
+    "wan-flf2v": WanImageToVideoPipeline,
+    "wan22-t2v": WanPipeline,
+    "wan22-i2v": WanImageToVideoPipeline,
+    "wan-ti2v": WanPipeline,
+}
 SHAPES = ((3, 8, 8), (1, 4, 12))
+CLIP_TOKENS = 257
 
 
 def batch(family: ModelFamily, index: int) -> Batch:
@@ -21,27 +29,41 @@ def batch(family: ModelFamily, index: int) -> Batch:
     def field(name: str, *shape: int) -> list[Tensor]:
         return [torch.randn(shape, generator=generator("reference", index, name, sample)) for sample in range(2)]
 
-    text_dim, image_dim = family.config["text_dim"], family.config.get("image_dim")
+    config = family.config
     fields = {
-        "latents": field("latents", 16, *shape),
-        "text": [torch.randn(length, text_dim, generator=generator("text", index, length)) for length in (7, 12)],
+        "latents": field("latents", config["out_channels"], *shape),
+        "text": [torch.randn(length, config["text_dim"], generator=generator("text", index, length)) for length in (7, 12)],
     }
-    if image_dim:
-        fields |= {"condition": field("condition", 16, *shape), "clip": field("clip", 257, image_dim)}
+    if config["in_channels"] > config["out_channels"]:
+        fields["condition"] = field("condition", config["out_channels"], *shape)
+    if config["image_dim"]:
+        fields["clip"] = field("clip", config["pos_embed_seq_len"] or CLIP_TOKENS, config["image_dim"])
     return Batch(keys=[f"reference/{index}.{sample}#0" for sample in range(2)], fields=fields)
 
 
 def plain_model(folder: Path) -> nn.Module:
-    """The diffusers model of a folder in diffusers layout."""
+    """The diffusers model of a folder in diffusers layout; of Wan 2.2 A14B the expert for high noise."""
     return WanTransformer3DModel.from_pretrained(folder / "transformer").train()
 
 
 def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The model's own forward on what ``prepare_inputs`` made: what the last layer calls ``prediction``."""
+    clip = inputs.get("clip")
+    if clip is not None:
+        clip = clip.reshape(-1, CLIP_TOKENS, clip.shape[-1])  # one picture a row
     return model(
         hidden_states=inputs["x"],
-        timestep=inputs["t"],
+        timestep=times_by_token(model, inputs["x"], inputs["t"]),
         encoder_hidden_states=inputs["text"],
-        encoder_hidden_states_image=inputs.get("clip"),
+        encoder_hidden_states_image=clip,
         return_dict=False,
     )[0]
+
+
+def times_by_token(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    """With a clean first frame the model wants a time for each token, [B, L], not just two, [B, 2]."""
+    if t.ndim == 1:
+        return t
+    _, height, width = (size // patch for size, patch in zip(x.shape[2:], model.config.patch_size, strict=True))
+    frame_of_token = torch.arange(x.shape[2]).repeat_interleave(height * width)
+    return t[:, frame_of_token.clamp(max=1)]

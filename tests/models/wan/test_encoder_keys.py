@@ -1,5 +1,7 @@
 """Names of Wan's frozen networks at their real sizes, against the release's modules and against diffusers' conversion."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -8,8 +10,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from models.common.tiny import write_t5_tokenizer
-from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_key_map
+from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_22_key_map, vae_key_map
+from models.wan.sizes import vae_config
 from models.wan.tiny import tiny_model
+from utils.checkpoints.tensor_files import TensorInfo
 
 
 def shapes(state) -> dict[str, tuple[int, ...]]:
@@ -59,6 +63,59 @@ def test_vae_names_agree_with_diffusers(base):
     assert all(converted[name] is state[name] for name in state)
 
 
+def released_22_vae() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of ``Wan2.2_VAE.pth``, by the modules of the release's ``wan/modules/vae2_2.py``."""
+
+    def conv(name, out, channels, *kernel):
+        yield f"{name}.weight", (out, channels, *kernel)
+        yield f"{name}.bias", (out,)
+
+    def block(name, channels, out):
+        yield f"{name}.residual.0.gamma", (channels, 1, 1, 1)
+        yield from conv(f"{name}.residual.2", out, channels, 3, 3, 3)
+        yield f"{name}.residual.3.gamma", (out, 1, 1, 1)
+        yield from conv(f"{name}.residual.6", out, out, 3, 3, 3)
+        if channels != out:
+            yield from conv(f"{name}.shortcut", out, channels, 1, 1, 1)
+
+    def coder(name, widths, inside, blocks, time, frames_out, channels, out):
+        yield from conv(f"{name}.conv1", widths[0], channels, 3, 3, 3)
+        for level, wide in enumerate(widths[1:]):
+            part = f"{name}.{inside}.{level}.{inside}"
+            for index in range(blocks):
+                yield from block(f"{part}.{index}", widths[level] if index == 0 else wide, wide)
+            if level < 3:
+                yield from conv(f"{part}.{blocks}.resample.1", wide, wide, 3, 3)
+            if time[level]:
+                yield from conv(f"{part}.{blocks}.time_conv", frames_out * wide, wide, 3, 1, 1)
+        middle = widths[0] if name == "decoder" else widths[-1]
+        for index in (0, 2):
+            yield from block(f"{name}.middle.{index}", middle, middle)
+        yield f"{name}.middle.1.norm.gamma", (middle, 1, 1)
+        yield from conv(f"{name}.middle.1.to_qkv", 3 * middle, middle, 1, 1)
+        yield from conv(f"{name}.middle.1.proj", middle, middle, 1, 1)
+        yield f"{name}.head.0.gamma", (widths[-1], 1, 1, 1)
+        yield from conv(f"{name}.head.2", out, widths[-1], 3, 3, 3)
+
+    yield from coder("encoder", (160, 160, 320, 640, 640), "downsamples", 2, (False, True, True, False), 1, 12, 96)
+    yield from coder("decoder", (1024, 1024, 1024, 512, 256), "upsamples", 3, (True, True, False, False), 2, 48, 12)
+    yield from conv("conv1", 96, 96, 1, 1, 1)
+    yield from conv("conv2", 48, 48, 1, 1, 1)
+
+
+def test_22_vae_has_the_releases_names():
+    """And its config is read from them alone; diffusers' own conversion knows the 2.1 VAE only."""
+    expected = dict(released_22_vae())
+    key_map = vae_22_key_map()
+    found = key_map.to_diffusers({name: torch.empty(shape, device="meta") for name, shape in expected.items()})
+    config = vae_config({name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}, None)
+    sizes = ("base_dim", "decoder_base_dim", "z_dim", "patch_size", "in_channels", "scale_factor_spatial")
+    assert [config[name] for name in sizes] == [160, 256, 48, 2, 12, 16]
+    state = on_meta(lambda: AutoencoderKLWan(**config))
+    assert shapes(found) == shapes(state)
+    assert shapes(key_map.to_released(state)) == expected
+
+
 def test_key_maps_round_trip(tmp_path):
     write_t5_tokenizer(tmp_path)
     model = tiny_model("wan-i2v", tmp_path, seed=5, scale=1)
@@ -66,6 +123,7 @@ def test_key_maps_round_trip(tmp_path):
         (t5_key_map(), model.text_encoder),
         (clip_key_map(), model.image_encoder),
         (vae_key_map(), model.vae),
+        (vae_22_key_map(), tiny_model("wan-ti2v", tmp_path, seed=5, scale=1).vae),
     ):
         back = key_map.to_diffusers(key_map.to_released(part.state))
         assert back.keys() == part.state.keys()

@@ -17,8 +17,8 @@ from torch import Tensor
 from models.common.text_encoders import clean_caption
 from models.wan.encoders import MAX_TOKENS, wan_encoders
 from models.wan.files import find_files
+from models.wan.options import WanOptions
 from models.wan.tiny import write_tiny
-from utils.config.schema import ModelOptions
 from utils.data.encoders import EncodeItem
 from utils.data.media import load_pixels
 from utils.data.values import Bucket
@@ -66,14 +66,14 @@ def pipeline(models):
     return WanImageToVideoPipeline.from_pretrained(models / "diffusers")
 
 
-def encoders_of(path, dtype=torch.float32, takes_image=True):
-    found = wan_encoders(find_files(ModelOptions(type="wan", path=path)), dtype, takes_image=takes_image)
+def encoders_of(path, dtype=torch.float32, condition="first"):
+    found = wan_encoders(find_files(WanOptions(type="wan", path=path)), dtype, condition)
     return {encoder.name: encoder for encoder in found}
 
 
-def encode(path, pixels, caption=CAPTION, dtype=torch.float32):
+def encode(path, pixels, caption=CAPTION, dtype=torch.float32, condition="first"):
     fields = {}
-    for encoder in encoders_of(path, dtype).values():
+    for encoder in encoders_of(path, dtype, condition).values():
         encoder.load(CPU)
         fields |= encoder.encode([EncodeItem(key="a", caption=caption, pixels=pixels)])[0]
         encoder.unload()
@@ -144,10 +144,68 @@ def test_condition_knows_the_first_frame_only(models, clip):
 
 def test_text_to_video_has_no_condition(tmp_path, clip):
     write_tiny("wan-t2v", tmp_path, "released", seed=0)
-    encoders = encoders_of(tmp_path, takes_image=False)
+    encoders = encoders_of(tmp_path, condition=None)
     assert set(encoders) == {"vae", "text"}
     encoders["vae"].load(CPU)
     assert set(encoders["vae"].encode([EncodeItem(key="a", pixels=clip)])[0]) == {"latents"}
+
+
+@pytest.fixture(scope="module")
+def first_last(tmp_path_factory):
+    """A model that is shown the first and the last frame, in each layout."""
+    root = tmp_path_factory.mktemp("wan-flf2v")
+    for layout in LAYOUTS:
+        write_tiny("wan-flf2v", root / layout, layout, seed=3)
+    return root
+
+
+def test_first_and_last_frame_are_shown_as_in_the_pipeline(first_last, clip):
+    pipeline = WanImageToVideoPipeline.from_pretrained(first_last / "diffusers")
+    first, last = picture_of(clip), picture_of(clip[:, -1:])
+    size = {"height": BUCKET.height, "width": BUCKET.width}
+    images = [pipeline.video_processor.preprocess(picture, **size) for picture in (first, last)]
+    with torch.no_grad():
+        _, condition = pipeline.prepare_latents(
+            images[0], 1, num_frames=BUCKET.frames, dtype=torch.float32, device=CPU, last_image=images[1], **size
+        )
+        states = pipeline.encode_image([first, last], CPU)
+    for layout in LAYOUTS:
+        fields = encode(first_last / layout, clip, condition="first and last")
+        assert fields["clip"].shape == (514, 160)
+        torch.testing.assert_close(fields["condition"], condition[0, 4:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fields["clip"], states.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory):
+    """A model with the VAE of Wan 2.2, in each layout."""
+    root = tmp_path_factory.mktemp("wan-ti2v")
+    for layout in LAYOUTS:
+        write_tiny("wan-ti2v", root / layout, layout, seed=3)
+    return root
+
+
+def test_latents_of_the_22_vae_are_the_pipelines(ti2v, clip):
+    """All layouts; a clip's first latent frame is the latent of its first picture, which is what the pipeline puts there."""
+    pipeline = WanImageToVideoPipeline.from_pretrained(ti2v / "diffusers", image_encoder=None, image_processor=None)
+    size = {"height": BUCKET.height, "width": BUCKET.width}
+    image = pipeline.video_processor.preprocess(picture_of(clip), **size)
+    with torch.no_grad():
+        _, condition, mask = pipeline.prepare_latents(
+            image, 1, num_channels_latents=48, num_frames=BUCKET.frames, dtype=torch.float32, device=CPU, **size
+        )
+    for layout in LAYOUTS:
+        fields = encode(ti2v / layout, clip, condition=None)
+        assert set(fields) == {"latents", "text"}
+        assert fields["latents"].shape == (48, 3, 4, 6) == (48, *mask.shape[2:])
+        torch.testing.assert_close(fields["latents"][:, :1], condition[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_22_vae_decodes_what_it_encodes(ti2v, clip):
+    vae = encoders_of(ti2v / "released", condition=None)["vae"]
+    vae.load(CPU)
+    latents = vae.encode([EncodeItem(key="a", pixels=clip)])[0]["latents"]
+    assert vae.decode(latents).shape == clip.shape
 
 
 def test_decode_is_the_pipelines(models, pipeline, encoded):
@@ -272,7 +330,8 @@ def test_fingerprint(models, tmp_path):
     assert prints(copy) == usual
     half = prints(copy, torch.bfloat16)
     assert {name for name in half if half[name] == usual[name]} == {"vae"}, "the VAE runs in fp32 whatever the dtype is"
-    assert prints(copy, takes_image=False)["vae"] != usual["vae"]
+    more = prints(copy, condition="first and last")
+    assert {name for name in usual if more[name] != usual[name]} == {"vae", "clip"}
 
     tokenizer = copy / "google/umt5-xxl/tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("▁cat", "▁cow"))
@@ -326,7 +385,7 @@ def test_sentencepiece_tokenizers(spiece_folder, tmp_path, layout):
     write_tiny("wan-t2v", tmp_path, layout, seed=0, tokenizer=spiece_folder)
     if layout == "comfy":
         shutil.rmtree(tmp_path / "text_encoders/umt5-xxl")
-    text = encoders_of(tmp_path, takes_image=False)["text"]
+    text = encoders_of(tmp_path, condition=None)["text"]
     assert text.tokenizer.kind == ("tensor" if layout == "comfy" else "spiece")
     text.load(CPU)
     processor = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(spiece_folder / "spiece.model"))
@@ -335,7 +394,7 @@ def test_sentencepiece_tokenizers(spiece_folder, tmp_path, layout):
     assert text._tokenize("a red cat " * 400)[-1] == 1
 
 
-# What the release's modules do, written for its tensors: wan/modules/t5.py and clip.py of Wan2.1.
+# What the release's modules do, written for its tensors: wan/modules/t5.py and clip.py of Wan2.1, vae2_2.py of Wan2.2.
 
 
 def released_t5(state: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -383,6 +442,57 @@ def released_clip(state: dict[str, Tensor], pixels: Tensor, heads: int) -> Tenso
     return x[0]
 
 
+def released_vae_22(state: dict[str, Tensor], picture: Tensor) -> Tensor:
+    """[3, H, W] to the mode [48, H / 16, W / 16].  One picture: of a convolution over three frames only the last part counts."""
+
+    def conv(x, name, **how):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight[:, :, -1] if weight.ndim == 5 else weight, state[f"{name}.bias"], **how)
+
+    def norm(x, name):
+        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * state[f"{name}.gamma"].flatten()[:, None, None]
+
+    def residual(x, block):
+        y = conv(F.silu(norm(x, f"{block}.residual.0")), f"{block}.residual.2", padding=1)
+        y = conv(F.silu(norm(y, f"{block}.residual.3")), f"{block}.residual.6", padding=1)
+        return y + (conv(x, f"{block}.shortcut") if f"{block}.shortcut.weight" in state else x)
+
+    def shortcut(x, channels, frames, side):
+        """Means over groups of what falls together; the frames before the picture are zero."""
+        x = F.pixel_unshuffle(x, side).unflatten(1, (-1, 1, side * side))
+        x = torch.cat([torch.zeros_like(x)] * (frames - 1) + [x], 2).flatten(1, 3)
+        return x.unflatten(1, (channels, -1)).mean(2)
+
+    def attention(x):
+        q, k, v = conv(norm(x, "encoder.middle.1.norm"), "encoder.middle.1.to_qkv").flatten(2).transpose(1, 2).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + conv(y, "encoder.middle.1.proj")
+
+    # Patches of 2 x 2 pixels become channels, column before row.
+    x = picture.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 4, 2, 1, 3).flatten(0, 2)[None]
+    x = conv(x, "encoder.conv1", padding=1)
+    for level, frames in enumerate((1, 2, 2, 1)):  # two levels halve the number of frames
+        start, blocks = x, f"encoder.downsamples.{level}.downsamples"
+        for index in range(2):
+            x = residual(x, f"{blocks}.{index}")
+        halved = f"{blocks}.2.resample.1.weight" in state
+        if halved:
+            x = conv(F.pad(x, (0, 1, 0, 1)), f"{blocks}.2.resample.1", stride=2)
+        x = x + shortcut(start, x.shape[1], frames, 2 if halved else 1)
+    x = residual(attention(residual(x, "encoder.middle.0")), "encoder.middle.2")
+    x = conv(F.silu(norm(x, "encoder.head.0")), "encoder.head.2", padding=1)
+    return conv(x, "conv1")[0].chunk(2)[0]
+
+
+def test_22_vae_computes_what_the_release_does(ti2v, clip):
+    state = torch.load(ti2v / "released/Wan2.2_VAE.pth", weights_only=True)
+    vae = encoders_of(ti2v / "released", condition=None)["vae"]
+    vae.load(CPU)
+    latents = vae.encode([EncodeItem(key="a", pixels=clip[:, :1])])[0]["latents"]
+    expected = vae.scale.normalise(released_vae_22(state, clip[:, 0])[:, None])
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_text_encoder_computes_what_the_release_does(models):
     state = torch.load(models / "released" / T5_FILE, weights_only=True)
     encode_text = TextEncoder(models / "released")
@@ -404,8 +514,8 @@ def test_pth_files_as_safetensors_are_read_too(models, tmp_path):
     save_file(torch.load(released / T5_FILE, weights_only=True), text)
     vision = {name.removeprefix("visual."): t for name, t in torch.load(released / CLIP_FILE, weights_only=True).items()}
     save_file({name: t.contiguous() for name, t in vision.items() if not name.startswith(("textual", "log"))}, image)
-    files = find_files(ModelOptions(type="wan", path=released, text_encoder_path=text, image_encoder_path=image))
-    for encoder, usual in zip(wan_encoders(files, torch.float32, True), encoders_of(released).values(), strict=True):
+    files = find_files(WanOptions(type="wan", path=released, text_encoder_path=text, image_encoder_path=image))
+    for encoder, usual in zip(wan_encoders(files, torch.float32, "first"), encoders_of(released).values(), strict=True):
         source, expected = encoder.source, usual.source
         assert source.names() == expected.names()
         assert all(torch.equal(source.read(name), expected.read(name)) for name in source.names())

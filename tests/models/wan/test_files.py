@@ -10,13 +10,16 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from models.common.networks import open_network
 from models.wan import sizes
 from models.wan.files import find_files, transformer_config, variant_of
 from models.wan.keys import wan_key_map
+from models.wan.networks import NETWORKS
+from models.wan.options import WanOptions
 from models.wan.tiny import VARIANTS, write_tiny
+from models.wan.variants import expert_named
 from utils.checkpoints.tensor_files import TensorInfo
 from utils.checkpoints.weights import WeightSource
-from utils.config.schema import ModelOptions
 from utils.errors import UserError
 
 LAYOUTS = ("diffusers", "released", "comfy")
@@ -43,7 +46,7 @@ def model(models, tmp_path):
 
 
 def options(**keys):
-    return ModelOptions(type="wan", **keys)
+    return WanOptions(type="wan", **keys)
 
 
 def error_of(**keys):
@@ -62,8 +65,9 @@ def names_of(build):
 def test_each_layout_is_found_and_means_the_same_transformer(models, layout, variant):
     files = find_files(options(path=models / layout / variant))
     config = transformer_config(files)
-    assert variant_of(config) == variant
-    assert (files.image_encoder is not None) == (variant == "wan-i2v")
+    assert variant_of(config, files.expert) == variant
+    assert files.expert == ("high" if variant.startswith("wan22") else None)
+    assert (files.image_encoder is not None) == (variant in ("wan-i2v", "wan-flf2v"))
     saved = WanTransformer3DModel.load_config(models / "diffusers" / variant / "transformer")
     built = dict(WanTransformer3DModel.from_config(config).config)
     assert {name: saved[name] for name in config} == {name: json.loads(json.dumps(built[name])) for name in config}
@@ -114,6 +118,33 @@ def test_checkpoint_prefix(model):
     assert transformer_config(files)["in_channels"] == 36
 
 
+@pytest.mark.parametrize("variant", ["wan-t2v", "wan-ti2v", "wan22-i2v"])
+def test_all_in_one_checkpoint(models, tmp_path, variant):
+    comfy = models / "comfy" / variant
+    expert = "_low_noise" if variant.startswith("wan22") else ""
+    [transformer] = (comfy / "diffusion_models").glob(f"*{expert}_tiny.safetensors")
+    [vae] = (comfy / "vae").iterdir()
+    parts = {
+        "model.diffusion_model.": transformer,
+        "vae.": vae,
+        "text_encoders.umt5xxl.transformer.": comfy / "text_encoders/umt5_xxl_fp16.safetensors",
+    }
+    state = {prefix + name: tensor for prefix, file in parts.items() for name, tensor in load_file(file).items()}
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint = tmp_path / f"checkpoints/wan{expert}.safetensors"
+    save_file(state, checkpoint)
+    shutil.copy(transformer.with_suffix(".json"), checkpoint.with_suffix(".json"))
+    files = find_files(options(path=tmp_path, tokenizer_path=comfy / "text_encoders/umt5-xxl"))
+    assert (files.transformer, files.vae, files.text_encoder) == (checkpoint, checkpoint, checkpoint)
+    assert files.expert == ("low" if expert else None)
+    apart = find_files(options(path=comfy, transformer_path=transformer))
+    for part, network in NETWORKS.items():
+        if part != "image_encoder":
+            ours, theirs = (open_network(network, getattr(found, part)) for found in (files, apart))
+            assert ours.config == theirs.config
+            assert all(torch.equal(ours.source.read(name), theirs.source.read(name)) for name in theirs.source.names())
+
+
 def test_comfy_folder_with_files_of_other_models(model):
     """Each part is chosen by what the files hold: a FLUX VAE, a T5 of FLUX (no position bias above layer 0), a wider CLIP."""
     comfy = model("comfy")
@@ -136,6 +167,9 @@ def test_released_sizes_are_read_from_the_tensors_alone():
     for given in (
         {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
         {**large, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        {**large, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
+        {**large, "in_channels": 36},
+        {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
     ):
         with torch.device("meta"):
             module = WanTransformer3DModel(**given)
@@ -162,7 +196,7 @@ def test_all_missing_parts_are_reported_together(model):
     for key in ("vae", "text_encoder", "image_encoder", "tokenizer"):
         assert f"model.{key}_path" in message
     assert "model.transformer_path" not in message
-    assert f"no Wan 2.1 VAE in {folder}; looked for vae/diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth" in message
+    assert f"no Wan VAE in {folder}; looked for vae/diffusion_pytorch_model*.safetensors, Wan2.*_VAE.pth" in message
     assert "google/umt5-xxl" in message
     assert "https://huggingface.co/google/umt5-xxl" in message
 
@@ -242,8 +276,6 @@ def test_a_part_of_wan_under_the_wrong_key(models):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda state: state | {"img_emb.emb_pos": torch.zeros(1, 514, 160)}, "first and last frame to video (flf2v)"),
-        (lambda state: {name: t for name, t in state.items() if "img" not in name}, "Wan 2.2 I2V-A14B"),
         (lambda state: state | {"vace_blocks.0.before_proj.weight": torch.zeros(1)}, "Wan VACE"),
         (lambda state: state | {"patch_embedding.weight": torch.zeros(24, 48, 1, 2, 2)}, "Wan Fun Control"),
         (
@@ -263,16 +295,102 @@ def test_other_models_of_wan_are_recognised(model, change, what):
     assert "which is not supported yet" in message or "which type = 'wan' does not train" in message
 
 
-def test_wan_22_with_48_channels():
-    with pytest.raises(UserError, match=r"Wan 2\.2 TI2V-5B, which is not supported yet"):
-        variant_of({"in_channels": 48, "out_channels": 48})
+NAMED_EXPERTS = {
+    "diffusers": {"high": "transformer", "low": "transformer_2"},
+    "released": {"high": "high_noise_model", "low": "low_noise_model"},
+    "comfy": {expert: f"diffusion_models/wan2.2_{{kind}}_{expert}_noise_tiny.safetensors" for expert in ("high", "low")},
+}
 
 
-@pytest.mark.parametrize("folder", ["transformer_2", "high_noise_model"])
-def test_two_transformers_are_wan_22(model, folder):
-    root = model("diffusers")
-    (root / folder).mkdir()
-    assert f"Wan 2.2 A14B ({folder}/), which is not supported yet" in error_of(path=root)
+@pytest.mark.parametrize("variant", ["wan22-t2v", "wan22-i2v"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_either_expert_is_found(models, layout, variant, caplog):
+    root = models / layout / variant
+    for expert, name in NAMED_EXPERTS[layout].items():
+        place = root / name.format(kind=variant.removeprefix("wan22-"))
+        chosen = find_files(options(path=root, expert=expert))
+        named = find_files(options(path=root, transformer_path=place))
+        for files in (chosen, named):
+            assert (files.transformer, files.expert) == (place, expert)
+    assert "holds both" not in caplog.text
+    assert find_files(options(path=root)).expert == "high"
+    assert "holds both transformers of Wan 2.2 A14B; this run trains the one for high noise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("Wan2_2-T2V-A14B_HIGH_fp16.safetensors", "high"),
+        ("Wan2_2-I2V-A14B-LOW_bf16.safetensors", "low"),
+        ("wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors", "low"),
+        ("high_noise_model/diffusion_pytorch_model.safetensors", "high"),
+        ("wan2.1_t2v_14B_lowvram.safetensors", None),
+        ("highlights/wan2.1_i2v_480p_14B_fp16.safetensors", None),
+        ("transformer", None),
+    ],
+)
+def test_experts_by_name(tmp_path, name, expert):
+    assert expert_named(tmp_path / name) == expert
+
+
+@pytest.mark.parametrize("variant", ["wan22-t2v", "wan22-i2v"])
+def test_a_file_whose_name_does_not_tell_the_expert(models, tmp_path, variant):
+    """A text-to-video file alone is taken for Wan 2.1, whose shape it has; beside both experts it is not."""
+    kind = variant.removeprefix("wan22-")
+    file = tmp_path / "mine.safetensors"
+    for ending in ("safetensors", "json"):
+        source = models / "comfy" / variant / f"diffusion_models/wan2.2_{kind}_low_noise_tiny.{ending}"
+        shutil.copy(source, file.with_suffix(f".{ending}"))
+    root = models / "released" / variant
+    assert "set model.expert to 'high' or 'low'" in error_of(path=root, transformer_path=file)
+    assert find_files(options(path=root, transformer_path=file, expert="low")).expert == "low"
+    assert find_files(options(path=root, transformer_path=root / "low_noise_model")).expert == "low"
+
+
+def test_a_comfy_folder_with_experts_and_other_models(models, tmp_path):
+    comfy = Path(shutil.copytree(models / "comfy/wan22-t2v", tmp_path / "comfy"))
+    for ending in ("safetensors", "json"):
+        source = models / f"comfy/wan-t2v/diffusion_models/wan2.1_t2v_tiny.{ending}"
+        shutil.copy(source, comfy / "diffusion_models")
+    assert "holds 3 that may be the Wan transformer" in error_of(path=comfy)
+    files = find_files(options(path=comfy, expert="low"))
+    assert files.transformer.name == "wan2.2_t2v_low_noise_tiny.safetensors"
+    files = find_files(options(path=comfy, transformer_path=comfy / "diffusion_models/wan2.1_t2v_tiny.safetensors"))
+    assert files.expert is None
+
+
+def test_expert_of_a_model_that_has_none(models):
+    root = models / "comfy/wan-i2v"
+    file = root / "diffusion_models/wan2.1_i2v_tiny.safetensors"
+    assert "this is Wan 2.1 image to video" in error_of(path=root, transformer_path=file, expert="high")
+    for layout in LAYOUTS:
+        assert "no Wan transformer for high noise in" in error_of(path=models / layout / "wan-t2v", expert="high")
+
+
+def test_expert_that_is_not_the_named_one(models):
+    root = models / "released/wan22-t2v"
+    message = error_of(path=root, transformer_path=root / "low_noise_model", expert="high")
+    assert f"model.expert = 'high', but by its name {root / 'low_noise_model'} is the transformer for low noise" in message
+
+
+def test_first_frame_of_another_model(models):
+    message = error_of(path=models / "released/wan-i2v", first_frame=True)
+    assert "model.first_frame = true is for Wan 2.2 TI2V-5B; this is Wan 2.1 image to video" in message
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("variant", "other"), [("wan-ti2v", "wan-t2v"), ("wan-t2v", "wan-ti2v")])
+def test_vae_of_the_other_version(models, layout, variant, other):
+    widths = {"wan-ti2v": 48, "wan-t2v": 16}
+    vae = find_files(options(path=models / layout / other)).vae
+    message = error_of(path=models / layout / variant, vae_path=vae)
+    assert f"{vae} has the width {widths[other]}, the transformer wants {widths[variant]}; it belongs to another model" in message
+
+
+def test_comfy_folder_with_both_vaes(models, tmp_path):
+    comfy = Path(shutil.copytree(models / "comfy/wan-ti2v", tmp_path / "comfy"))
+    shutil.copy(models / "comfy/wan-t2v/vae/wan_2.1_vae.safetensors", comfy / "vae")
+    assert find_files(options(path=comfy)).vae.name == "wan2.2_vae.safetensors"
 
 
 def test_config_of_another_model(model):

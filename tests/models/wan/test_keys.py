@@ -26,12 +26,20 @@ TINY_VARIANTS = {
     "i2v": {**TINY, "in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24},
     "flf2v": {**TINY, "in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24, "pos_embed_seq_len": 514},
     "2.2-i2v": {**TINY, "in_channels": 36},
+    "2.2-ti2v": {**TINY, "in_channels": 48, "out_channels": 48},
 }
+MIDDLE = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
 LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 REAL_VARIANTS = {
     "1.3B t2v": ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 825),
     "14B t2v": (LARGE, 1095),
     "14B i2v": ({**LARGE, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, 1303),
+    "14B flf2v": (
+        {**LARGE, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
+        1304,
+    ),
+    "2.2 A14B i2v": ({**LARGE, "in_channels": 36}, 1095),
+    "2.2 5B ti2v": ({**MIDDLE, "in_channels": 48, "out_channels": 48}, 825),
 }
 FIRST_LAST_FRAME = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
 

@@ -221,6 +221,85 @@ def test_a_lora_on_a_fused_module_is_read_for_each_part(tmp_path):
         assert torch.equal(delta, (up @ down)[2 * index : 2 * index + 2])
 
 
+ATTENTION = KeyMap(
+    [
+        Fuse("attn.qkv_mlp.{p}", ("to_q.{p}", "to_k.{p}", "to_v.{p}", "mlp.{p}"), shares=(1, 1, 1, 4)),
+        Rename("out.{p}", "attn.proj.{p}"),
+    ]
+)
+ROWS = {"to_q": 5, "to_k": 5, "to_v": 5, "mlp": 20, "out": 6}
+
+
+def adapters(*modules, kernel=()):
+    torch.manual_seed(3)
+    return {
+        f"{module}.lora_{side}.weight": torch.randn(*shape)
+        for module in modules
+        for side, shape in (("A", (RANK, 7, *kernel)), ("B", (ROWS[module], RANK, *(1 for _ in kernel))))
+    }
+
+
+def delta(weights, module):
+    """What an adapter adds to the weight, without the scale."""
+    return torch.tensordot(weights[f"{module}.lora_B.weight"].flatten(1), weights[f"{module}.lora_A.weight"], dims=1)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=["linear", "convolution"])
+@pytest.mark.parametrize("fmt", [WAN, KOHYA], ids=["no alpha", "alpha"])
+@pytest.mark.parametrize("modules", [("to_q", "to_k", "to_v", "mlp", "out"), ("mlp", "to_k"), ("to_v",)], ids=" ".join)
+def test_adapters_of_a_fused_module_become_one(modules, fmt, kernel, tmp_path):
+    """It changes the released weight by what the adapters change its parts, and is taken apart again, with its own ranks."""
+    weights = adapters(*modules, kernel=kernel)
+    path = lora(tmp_path, weights, key_map=ATTENTION, fmt=fmt)
+    tensors = load_file(path)
+    fused = fmt.key("attn.qkv_mlp", "")
+    count = len(set(modules) - {"out"})
+    down, up = tensors[f"{fused}{fmt.down}.weight"], tensors[f"{fused}{fmt.up}.weight"]
+    assert down.shape == (count * RANK, 7, *kernel)
+    assert up.shape == (35, count * RANK, *(1 for _ in kernel))
+    assert (f"{fused}alpha" in tensors) == fmt.writes_alpha
+    assert not fmt.writes_alpha or tensors[f"{fused}alpha"] == count * RANK, "so that its reader applies strength 1"
+    parts = {
+        module: delta(weights, module) * (ALPHA / RANK) if module in modules else torch.zeros(ROWS[module], 7, *kernel)
+        for module in ROWS
+    }
+    expected = ATTENTION.to_released({f"{module}.weight": part for module, part in parts.items()})["attn.qkv_mlp.weight"]
+    torch.testing.assert_close(torch.tensordot(up.flatten(1), down, dims=1), expected)
+
+    read = load_lora(path, ["out", "to_v", "mlp", "to_q", "to_k"], ATTENTION)  # in whatever order
+    assert read.weights.keys() == weights.keys()
+    assert read.scales == dict.fromkeys(modules, 1.0)
+    for name, tensor in weights.items():
+        assert torch.equal(read.weights[name], tensor * (ALPHA / RANK) if "lora_B" in name else tensor)
+
+
+def test_the_scale_of_a_fused_adapter_is_by_its_whole_rank(tmp_path):
+    weights = adapters("to_q", "to_k", "to_v", "mlp")
+    tensors = load_file(lora(tmp_path, weights, key_map=ATTENTION, fmt=KOHYA))
+    tensors["lora_unet_attn_qkv_mlp.alpha"] /= 2
+    save_file(tensors, tmp_path / "half.safetensors")
+    read = load_lora(tmp_path / "half.safetensors", ROWS, ATTENTION)
+    assert read.scales == dict.fromkeys(("to_q", "to_k", "to_v", "mlp"), 0.5)
+
+
+def test_a_fused_adapter_that_still_has_only_zeros_is_read_for_each_part(tmp_path):
+    weights = {name: tensor * ("lora_A" in name) for name, tensor in adapters("to_q", "to_k").items()}
+    read = load_lora(lora(tmp_path, weights, key_map=ATTENTION), ROWS, ATTENTION)
+    assert {name.partition(".")[0] for name in read.weights} == {"to_q", "to_k", "to_v", "mlp"}
+    assert all(delta(read.weights, module).eq(0).all() for module in ("to_q", "to_k", "to_v", "mlp"))
+
+
+def test_a_module_with_two_adapters(tmp_path):
+    both = {
+        f"{module}.lora_{side}.weight": torch.ones(rows if side == "B" else RANK, RANK)
+        for module, rows in (("attn.qkv_mlp", 35), ("diffusion_model.to_q", 5))
+        for side in "AB"
+    }
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match="to_q has more than one adapter"):
+        load_lora(tmp_path / "both.safetensors", ROWS, ATTENTION)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

@@ -62,7 +62,8 @@ ONE_MISTAKE = {
     ),
     "unknown key with nothing near": (
         {"adapter": "qqq = 2"},
-        "main.toml:10: adapter.qqq is not a known key; allowed: type, rank, alpha, dropout, dtype, target_modules, exclude_modules",
+        "main.toml:10: adapter.qqq is not a known key; allowed: type, rank, alpha, init_from, dropout, dtype, target_modules, "
+        "exclude_modules",
     ),
     "unknown key of the family": (
         {"model": 'flavor = "sweet"'},

@@ -1,0 +1,54 @@
+"""SD3's five networks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+from models.common.clip import clip_text_network
+from models.common.kl_vae import kl_vae_key_map
+from models.common.networks import Network
+from models.common.t5 import t5_network
+from models.sd3.keys import sd3_key_map
+from models.sd3.sizes import block_numbers, check_vae, transformer_config, vae_config
+from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.weights import WeightSource
+
+
+class Sd3Weights(WeightSource):
+    """The key map depends on the number of blocks, which the file's names tell: it is made once they are known."""
+
+    def __init__(self, path: Path | Sequence[Path], key_map: KeyMap):
+        super().__init__(path, key_map)
+        super().__init__(path, sd3_key_map(len(block_numbers(self.names()))))
+
+
+NETWORKS = {
+    "transformer": Network(
+        title="SD3 transformer",
+        key_map=lambda: sd3_key_map(blocks=1),
+        kinds=("SD3Transformer2DModel",),
+        config=transformer_config,
+        build=SD3Transformer2DModel.from_config,
+        source=Sd3Weights,
+        family="sd3",
+    ),
+    "vae": Network(
+        title="SD3 VAE",
+        key_map=kl_vae_key_map,
+        kinds=("AutoencoderKL",),
+        config=vae_config,
+        build=AutoencoderKL.from_config,
+        width=lambda config: config["latent_channels"],
+        accept=check_vae,
+    ),
+    # The release takes CLIP-L's pooled state without a projection.  Diffusers' folders hold the identity as its projection,
+    # ComfyUI's files none; the one that some files of CLIP-L bring along is OpenAI's, and ComfyUI does not use it here either.
+    "text_encoder": clip_text_network(
+        "CLIP-L text encoder", projection=False, activation="quick_gelu", prefixes=("text_encoders.clip_l.transformer.",)
+    ),
+    "text_encoder_2": clip_text_network(
+        "CLIP-G text encoder", projection=True, activation="gelu", prefixes=("text_encoders.clip_g.transformer.",)
+    ),
+    "text_encoder_3": t5_network(prefixes=("text_encoders.t5xxl.transformer.",)),
+}

@@ -1,0 +1,40 @@
+"""The release's one file: what stands in it beside the UNet."""
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from models.sdxl.files import SdxlFiles
+from models.sdxl.keys import MARKERS
+from models.sdxl.networks import NETWORKS, PREFIXES
+from utils.checkpoints.export import ReleasedTensors
+from utils.checkpoints.weights import WeightSource
+
+
+class WeightsOnDisk(Mapping[str, Tensor]):
+    """A network's weights by diffusers name, each read when it is asked for."""
+
+    def __init__(self, source: WeightSource):
+        self._source, self._names = source, source.names()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def companions(files: SdxlFiles, *, v_prediction: bool, zero_snr: bool) -> Mapping[str, Tensor]:
+    """The VAE, both text encoders, and the markers of velocity prediction, by their names in the file; read when asked for."""
+    parts = [
+        ReleasedTensors(WeightsOnDisk(getattr(files, name).source), NETWORKS[name].key_map(), None, PREFIXES[name])
+        for name in ("vae", "text_encoder", "text_encoder_2")
+    ]
+    marked = {"v_pred": v_prediction, "ztsnr": v_prediction and zero_snr}
+    # That they are there is what counts.
+    return ChainMap(*parts, {name: torch.ones(1) for name in MARKERS if marked[name]})

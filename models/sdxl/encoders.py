@@ -1,0 +1,107 @@
+"""SDXL's frozen networks as encoders whose outputs are cached.
+
+The text encoders run in the config's ``dtype`` as plain modules of that dtype, never under autocast; the VAE always in fp32: its
+activations overflow in half precision (``force_upcast`` in its config).
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from models.common.clip import TOKENS, ClipTextEncoder
+from models.common.kl_encoders import KlVaeEncoder
+from models.common.latent_encoders import FrozenEncoder
+from models.sdxl.files import SdxlFiles
+from models.sdxl.options import SdxlOptions
+from utils.data.encoders import ConditionEncoder, EncodeItem
+from utils.data.media import covering
+from utils.runtime import DTYPES
+
+CHUNK = TOKENS - 2
+"""Tokens of a caption that go into CLIP at a time, between the start and the end token."""
+
+
+def sdxl_encoders(files: SdxlFiles, options: SdxlOptions) -> list[ConditionEncoder]:
+    """The encoders, unloaded."""
+    dtype = DTYPES[options.dtype]
+    told = {"chunks": options.max_prompt_chunks, "clip_skip": options.clip_skip}
+    return [
+        SdxlVaeEncoder(files.vae, torch.float32),
+        ClipLEncoder(files.text_encoder, files.tokenizer, dtype, "end", **told),
+        ClipGEncoder(files.text_encoder_2, files.tokenizer, dtype, "zero", **told),
+    ]
+
+
+class SdxlVaeEncoder(KlVaeEncoder):
+    """A picture to ``latents`` [4, 1, h, w], fp32, and ``time_ids`` [6], int64: what SDXL is told of its size.
+
+    The time ids are the height and width of the file, the top and left of the crop in the scaled picture, and the height and width
+    that it is trained at.  An item whose original size is not known counts as one of the size that it has.
+    """
+
+    @torch.no_grad()
+    def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        return [fields | {"time_ids": time_ids(item)} for fields, item in zip(super().encode(items), items, strict=True)]
+
+
+def time_ids(item: EncodeItem) -> Tensor:
+    height, width = item.pixels.shape[2:]
+    original = item.original_size or (width, height)
+    cover = covering(original, (width, height))
+    return torch.tensor([original[1], original[0], cover.top, cover.left, height, width])
+
+
+class ChunkedClipEncoder(ClipTextEncoder):
+    """A caption to states [77 n, width] of n chunks, each with a start and an end token of its own, padded to 77.
+
+    As ComfyUI and sd-scripts do it; with one chunk it is what diffusers does.  The states are those of the last but one layer,
+    without the final norm; ``clip_skip`` leaves out more.
+    """
+
+    field: ClassVar[str]
+    """Name of the states among the cached fields."""
+    gives_pooled: ClassVar[bool] = False
+
+    def __init__(self, *arguments: Any, chunks: int, clip_skip: int):
+        super().__init__(*arguments)
+        self.chunks, self.clip_skip = chunks, clip_skip
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "chunks": self.chunks, "clip_skip": self.clip_skip}
+
+    def load(self, device: torch.device) -> None:
+        self._tokenize = self.tokenizer.load_for(self.config["vocab_size"], self.chunks * CHUNK + 2)
+        FrozenEncoder.load(self, device)
+
+    @torch.no_grad()
+    def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        return [self._fields(item.caption) for item in items]
+
+    def _fields(self, caption: str) -> dict[str, Tensor]:
+        texts = [self.states(row[None]) for row in self.token_ids(caption)]
+        hidden = torch.cat([text.hidden[-2 - self.clip_skip] for text in texts])
+        return {self.field: hidden.cpu(), **({"pooled": texts[0].pooled.cpu()} if self.gives_pooled else {})}
+
+    def token_ids(self, caption: str) -> Tensor:
+        """[n, 77] int64."""
+        start, *ids, end = self._tokenize(caption)
+        padding = end if self.pad == "end" else 0
+        chunks = [ids[place : place + CHUNK] for place in range(0, max(len(ids), 1), CHUNK)]
+        rows = [[start, *chunk, end, *[padding] * (CHUNK - len(chunk))] for chunk in chunks]
+        return torch.tensor(rows, device=self.device)
+
+
+class ClipLEncoder(ChunkedClipEncoder):
+    """CLIP-L: ``text_l`` [77 n, 768]."""
+
+    name = "clip_l"
+    field = "text_l"
+
+
+class ClipGEncoder(ChunkedClipEncoder):
+    """CLIP-G: ``text_g`` [77 n, 1280], and ``pooled`` [1280] of the first chunk."""
+
+    name = "clip_g"
+    field = "text_g"
+    gives_pooled = True

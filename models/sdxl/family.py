@@ -1,0 +1,155 @@
+"""Stable Diffusion XL: the family's contract."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from models.base import Layout, ModelFamily
+from models.sdxl import encoders, files, keys, tiny
+from models.sdxl.checkpoint import companions
+from models.sdxl.layers import sdxl_layers
+from models.sdxl.options import Prediction, SdxlOptions
+from utils.checkpoints.export import LoraFormat
+from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.weights import WeightSource
+from utils.config.schema import ModelOptions
+from utils.data.encoders import ConditionEncoder
+from utils.data.values import Batch, MicroBatch, SizeRules
+from utils.diffusion.losses import debiased_weight, min_snr_weight
+from utils.diffusion.schedules import DiscreteSchedule
+from utils.draw import Draw
+from utils.errors import UserError
+from utils.pipeline.layer import PipelineLayer
+from utils.runtime import DTYPES
+
+log = logging.getLogger(__name__)
+
+BETA_START, BETA_END = 0.00085, 0.012
+"""Of the released schedule (``sd_xl_base.yaml``: LegacyDDPMDiscretization)."""
+
+
+class Family(ModelFamily):
+    """Stable Diffusion XL."""
+
+    Options: ClassVar[type[ModelOptions]] = SdxlOptions
+    variants: ClassVar[tuple[str, ...]] = tiny.VARIANTS
+    # Every Linear around and in the attention; not the convolutions, which target_modules can name.
+    adapter_targets: ClassVar[str] = (
+        r".*\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
+        r"(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))"
+    )
+    # kohya's names with the release's block numbers, which is what all programs write and read for SDXL.
+    lora_format: ClassVar[LoraFormat] = LoraFormat(
+        prefix="lora_unet_", names="released", down="lora_down", up="lora_up", separator="_", writes_alpha=True
+    )
+    full_prefix: ClassVar[str] = keys.UNET_PREFIX
+
+    def __init__(self, options: SdxlOptions):
+        self.options = options
+        self.files = files.find_files(options)
+        self.config = self.files.transformer.config
+        self.variant = "sdxl"
+        self.size_rules = SizeRules(multiple=32, frame_step=None, fps=None)
+        self.prediction, self.zero_terminal_snr = _training(options, self.files)
+        schedule = DiscreteSchedule.scaled_linear(BETA_START, BETA_END)
+        self.schedule = schedule.with_zero_terminal_snr() if self.zero_terminal_snr else schedule
+        self.timesteps = self.timestep_distribution(shift=1.0)
+        self.weigh = _weighting(options, self.prediction)
+
+    def encoders(self) -> list[ConditionEncoder]:
+        return encoders.sdxl_encoders(self.files, self.options)
+
+    def build_transformer(self) -> nn.Module:
+        dtype = DTYPES[self.options.transformer_dtype or self.options.dtype]
+        transformer = UNet2DConditionModel.from_config(self.config)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return transformer
+
+    def weights(self) -> WeightSource:
+        return self.files.transformer.source
+
+    def layers(self, transformer: nn.Module) -> list[PipelineLayer]:
+        return sdxl_layers(transformer)
+
+    def prepare_inputs(self, batch: Batch, draw: Draw) -> MicroBatch:
+        """Stream for the embed layer (see ``layers.py``) and the target: ``velocity`` [B, 4, h, w] fp32, and ``weights`` [B] if the
+        options ask for them.  For epsilon the noise stands in the place of the velocity.
+        """
+        inputs: dict[str, list[Tensor]] = {"x": [], "t": [], "text": [], "pooled": [], "time_ids": []}
+        targets, weights = [], []
+        for index, key in enumerate(batch.keys):
+            sample = {name: values[index] for name, values in batch.fields.items()}
+            latents = sample["latents"][:, 0]
+            step = self.schedule.step(self.timesteps.at(draw.quantile(key, "timestep")))
+            noise = self._noise(draw, key, latents)
+            path = self.schedule.path(latents, noise, step)
+            targets.append(noise if self.prediction == "epsilon" else path.velocity)
+            weights.append(self.weigh(self.schedule.snr(step)) if self.weigh else 1.0)
+            inputs["x"].append(path.noisy)
+            inputs["t"].append(torch.tensor(step))
+            inputs["text"].append(torch.cat([sample["text_l"], sample["text_g"]], dim=-1))
+            inputs["pooled"].append(sample["pooled"])
+            inputs["time_ids"].append(sample["time_ids"])
+        # Attention to a text that is there several times is attention to the text.
+        tokens = math.lcm(*(len(text) for text in inputs["text"]))
+        inputs["text"] = [text.repeat(tokens // len(text), 1) for text in inputs["text"]]
+        return MicroBatch(
+            inputs={name: torch.stack(values) for name, values in inputs.items()},
+            target={"velocity": torch.stack(targets), **({"weights": torch.tensor(weights)} if self.weigh else {})},
+        )
+
+    def _noise(self, draw: Draw, key: str, latents: Tensor) -> Tensor:
+        """[4, h, w]: normal; with ``noise_offset`` each channel is moved as one (Guttenberg 2023, "Offset Noise")."""
+        noise = draw.normal(key, "noise", tuple(latents.shape))
+        offset = self.options.noise_offset
+        return noise + offset * draw.normal(key, "noise_offset", (len(latents), 1, 1)) if offset else noise
+
+    def key_map(self) -> KeyMap:
+        return keys.unet_key_map()
+
+    def companions(self) -> Mapping[str, Tensor]:
+        """The other three networks, as the release's one file has them, and the markers of velocity prediction."""
+        return companions(self.files, v_prediction=self.prediction == "v_prediction", zero_snr=self.zero_terminal_snr)
+
+    def export_metadata(self) -> dict[str, str]:
+        return {
+            "modelspec.architecture": "stable-diffusion-xl-v1-base",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.prediction_type": "epsilon" if self.prediction == "epsilon" else "v",
+            "modelspec.encoder_layer": str(2 + self.options.clip_skip),
+            "ss_base_model_version": "sdxl_base_v1-0",
+        }
+
+    @classmethod
+    def write_tiny(cls, variant: str, folder: Path, layout: Layout, seed: int, scale: int = 1) -> None:
+        tiny.write_tiny(variant, folder, layout, seed, scale)
+
+
+def _training(options: SdxlOptions, found: files.SdxlFiles) -> tuple[Prediction, bool]:
+    """What is predicted, and whether the schedule ends in pure noise: as asked for, else as the files say."""
+    prediction = options.prediction or found.prediction or "epsilon"
+    by_files = found.zero_terminal_snr if prediction == found.prediction else None
+    zero_snr = next(value for value in (options.zero_terminal_snr, by_files, prediction == "v_prediction") if value is not None)
+    if zero_snr and prediction == "epsilon":
+        raise UserError(
+            "zero terminal SNR with a model that predicts the noise: in pure noise there is nothing to predict it from; "
+            'set model.zero_terminal_snr = false, or model.prediction = "v_prediction"'
+        )
+    if found.prediction not in (None, prediction):
+        log.warning("model.prediction = %r, while the model's files say that it predicts %r", prediction, found.prediction)
+    return prediction, zero_snr
+
+
+def _weighting(options: SdxlOptions, prediction: Prediction) -> Callable[[float], float] | None:
+    """Weight of a sample's loss by the SNR; None if all weigh the same."""
+    if options.min_snr_gamma is not None:
+        return partial(min_snr_weight, gamma=options.min_snr_gamma, prediction=prediction)
+    return partial(debiased_weight, prediction=prediction) if options.debiased_estimation_loss else None
