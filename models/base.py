@@ -80,9 +80,7 @@ class ModelFamily(ABC):
         ``weights`` [B] (see ``utils.diffusion.losses.averaged``).
         """
         element = LOSSES[self.options.loss](self.options.loss_delta)
-        return averaged(
-            output["prediction"], target["velocity"], element, mask=target.get("mask"), weights=target.get("weights")
-        )
+        return averaged(output["prediction"], target["velocity"], element, mask=target.get("mask"), weights=target.get("weights"))
 
     def timestep_distribution(self, shift: float) -> TimestepDistribution:
         """The distribution of timesteps that the options ask for.  ``shift``: where they leave it to the family."""

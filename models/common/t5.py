@@ -78,8 +78,7 @@ class T5TextEncoder(FrozenEncoder):
     reads = "caption"
 
     def __init__(self, opened: OpenedNetwork, tokenizer: TokenizerFile, dtype: torch.dtype, max_tokens: int):
-        # The last projection of a feed-forward overflows in fp16; transformers keeps it in fp32 too.
-        super().__init__(opened.source, opened.on_meta, dtype, keep_fp32=("wo",) if dtype is torch.float16 else ())
+        super().__init__(opened.source, opened.on_meta, dtype)
         self.config, self.tokenizer, self.max_tokens = opened.config, tokenizer, max_tokens
         self._tokenize: Tokenize | None = None
 

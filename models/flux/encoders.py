@@ -17,12 +17,12 @@ T5_TOKENS = {"flux1-dev": 512, "flux1-schnell": 256, "flux1-kontext": 512}
 
 
 def flux_encoders(files: FluxFiles, dtype: torch.dtype) -> list[ConditionEncoder]:
-    """``latents``, ``pooled``, ``text``, and for Kontext ``references``; unloaded."""
-    encoders: list[ConditionEncoder] = [
+    """For Kontext ``references``, then ``latents``, ``pooled`` and ``text``; unloaded."""
+    # First, so that a data set without control pictures is refused before anything that takes long.
+    editing = [KlReferenceEncoder(files.vae, torch.float32)] if files.variant == "flux1-kontext" else []
+    return [
+        *editing,
         KlVaeEncoder(files.vae, torch.float32),
         ClipTextEncoder(files.text_encoder, files.tokenizer, dtype),
         T5TextEncoder(files.text_encoder_2, files.tokenizer_2, dtype, T5_TOKENS[files.variant]),
     ]
-    if files.variant == "flux1-kontext":
-        encoders.append(KlReferenceEncoder(files.vae, torch.float32))
-    return encoders

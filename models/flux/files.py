@@ -98,7 +98,7 @@ def _variant(chosen: str | None, has_guidance: bool, transformer: Path) -> tuple
     if chosen:
         return f"flux1-{chosen}", None
     variant = "flux1-kontext" if _is_named_kontext(transformer) else "flux1-dev"
-    log.info("%s is taken for %s by its name; model.variant says otherwise", transformer, variant)
+    log.info("%s is taken for %s, as only names tell dev from Kontext; model.variant overrides it", transformer, variant)
     return variant, None
 
 

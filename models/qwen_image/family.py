@@ -1,5 +1,6 @@
 """Qwen-Image and Qwen-Image-Edit: the family's contract."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -99,6 +100,10 @@ class Family(ModelFamily):
 
     def key_map(self) -> KeyMap:
         return keys.qwen_key_map()
+
+    def companions(self) -> Mapping[str, Tensor]:
+        """The mark by which ComfyUI knows Edit-2511; it must be empty there."""
+        return {keys.EDIT_2511_MARK: torch.zeros(0)} if self.variant == files.EDIT_2511 else {}
 
     def export_metadata(self) -> dict[str, str]:
         return {"modelspec.architecture": self.variant, "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image"}

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from models.common.files import ANY_FILE, FileSearch, Place
+from models.common.networks import OpenedNetwork
 from models.common.text_encoders import QWEN_NAMES, TokenizerFile
 from models.qwen_image.keys import EDIT_2511_MARK
 from models.qwen_image.networks import NETWORKS
 from utils.checkpoints.tensor_files import open_tensor_file
-from utils.checkpoints.weights import WeightSource
 from utils.config.schema import ModelOptions
 from utils.errors import UserError
 
@@ -87,16 +87,15 @@ def find_files(options: ModelOptions, variant: str | None = None) -> QwenImageFi
     search = FileSearch(options, NETWORKS, PLACES)
     transformer = search.part("transformer")
     config = transformer.config if transformer else {}
-    search.part("vae", config.get("out_channels"))
-    search.part("text_encoder", config.get("joint_attention_dim"))
+    search.part("vae", config.get("out_channels"), inside="transformer")
+    search.part("text_encoder", config.get("joint_attention_dim"), inside="transformer")
     if options.image_encoder_path:
         log.warning("model.image_encoder_path has no effect: Qwen-Image's text encoder is what looks at pictures")
     tokenizer = search.tokenizer(TOKENIZER_FOLDERS, TOKENIZER_SOURCE, names=QWEN_NAMES)
     found = IMAGE
     if transformer:
         try:
-            is_2511 = config["zero_cond_t"] or _has_mark(transformer.source)
-            found = variant_of(options.path, search.found["transformer"], is_2511, variant)
+            found = variant_of(options.path, search.found["transformer"], transformer, variant)
         except UserError as error:
             search.problems.append(str(error))
     search.finish()
@@ -113,35 +112,43 @@ def find_files(options: ModelOptions, variant: str | None = None) -> QwenImageFi
     )
 
 
-def variant_of(root: Path | None, transformer: Path, is_2511: bool, chosen: str | None) -> str:
+def variant_of(root: Path | None, path: Path, transformer: OpenedNetwork, chosen: str | None) -> str:
     """Which model it is.  What the weights say (only Edit-2511 says it) and what the user says must not differ.
 
-    Otherwise the pipeline that a diffusers folder names, or the name of the transformer's file, tells it: the four models have the
-    same tensors.
+    Else an export of ours, the pipeline that a diffusers folder names, or the name of the transformer's file tells it: the tensors
+    of the four models have the same names and shapes.
     """
+    files = [open_tensor_file(file) for file in transformer.source.files]
+    marked = any(key.endswith(EDIT_2511_MARK) for file in files for key in file.entries)
+    is_2511 = marked or transformer.config["zero_cond_t"]
     if chosen:
         if is_2511 and chosen != EDIT_2511:
             raise UserError(
-                f"model.variant = {chosen!r}, but {transformer} says that it is {EDIT_2511} (zero_cond_t): "
+                f"model.variant = {chosen!r}, but {path} says that it is {EDIT_2511} (zero_cond_t): "
                 "set model.variant to that, or remove it"
             )
         if chosen == EDIT_2511 and not is_2511:
-            log.warning("%s does not say that it is %s; model.variant is taken at its word", transformer, EDIT_2511)
+            log.warning("%s does not say that it is %s; model.variant is taken at its word", path, EDIT_2511)
         return chosen
     if is_2511:
         return EDIT_2511
-    if index := _model_index(root):
-        return PIPELINES.get(index.get("_class_name"), IMAGE)
-    name = transformer.name.lower()
+    told = {getattr(file, "metadata", {}).get("modelspec.architecture") for file in files}
+    if exported := told.intersection(VARIANTS):
+        return exported.pop()
+    if pipeline := _pipeline_in(root):
+        return PIPELINES.get(pipeline, IMAGE)
+    name = path.name.lower()
     found = next((variant for part, variant in FILE_NAMES.items() if part in name), IMAGE)
-    log.info("%s is taken for %s by its name; model.variant says otherwise if that is wrong", transformer, found)
+    log.info("%s is taken for %s by its name; model.variant says otherwise if that is wrong", path, found)
     return found
 
 
-def _model_index(root: Path | None) -> dict[str, Any] | None:
+def _pipeline_in(root: Path | None) -> str | None:
+    """The pipeline's class that a diffusers folder names."""
     file = root / "model_index.json" if root else None
-    return json.loads(file.read_text()) if file and file.is_file() else None
-
-
-def _has_mark(source: WeightSource) -> bool:
-    return any(key.endswith(EDIT_2511_MARK) for file in source.files for key in open_tensor_file(file).entries)
+    if file is None or not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a diffusers model's index (a JSON table with `_class_name`)") from error

@@ -58,6 +58,7 @@ class Family(ModelFamily):
         self.variant = "sdxl"
         self.size_rules = SizeRules(multiple=32, frame_step=None, fps=None)
         self.prediction, self.zero_terminal_snr = _training(options, self.files)
+        log.info("SDXL: prediction %s%s", self.prediction, ", zero terminal SNR" if self.zero_terminal_snr else "")
         schedule = DiscreteSchedule.scaled_linear(BETA_START, BETA_END)
         self.schedule = schedule.with_zero_terminal_snr() if self.zero_terminal_snr else schedule
         self.timesteps = self.timestep_distribution(shift=1.0)

@@ -113,7 +113,8 @@ class BlockLayer(PipelineLayer):
         rotary = self._rotary[0].at(stream["grid"], hidden.device)
         modulation = stream["modulation"]
         if modulation.ndim == 4:
-            modulation = by_token(modulation, stream["grid"])
+            # In fp32, as the block reads it: expanded first, it would be held twice.
+            modulation = by_token(modulation.float(), stream["grid"])
         hidden = self.block(hidden, stream["context"], modulation, rotary)
         return stream.replaced(drop=self._drop, hidden=hidden)
 

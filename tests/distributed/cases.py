@@ -26,6 +26,8 @@ class Case:
     steps: int = 3
     gradient_clipping: float = 0.0
     activation_checkpointing: bool = False
+    resume_at: int | None = None
+    """After so many steps a checkpoint is written, everything is built anew, and the training goes on from it."""
 
     @property
     def processes(self) -> int:
@@ -40,6 +42,7 @@ class Case:
             "steps": self.steps,
             "gradient_clipping": self.gradient_clipping,
             "activation_checkpointing": self.activation_checkpointing,
+            "resume_at": self.resume_at,
         }
 
 

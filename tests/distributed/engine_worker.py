@@ -6,15 +6,18 @@ Usage: python -m tests.distributed.engine_worker FOLDER, with one ``<case>/setti
 import importlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from models import load_family
 from models.base import ModelFamily
 from utils.adapters.manager import AdapterManager, trainable_parameters
+from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
 from utils.config.schema import AdapterConfig, OptimizerConfig
 from utils.data.values import MicroBatch
 from utils.draw import Draw, generator
@@ -41,14 +44,24 @@ def prepared(family: ModelFamily, reference: ModuleType, index: int, seed: int =
     return family.prepare_inputs(reference.batch(family, index), Draw(seed, 0))
 
 
-def perturbed(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def perturbed(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter as after some training: B is not zero, so that A has a gradient too."""
     return {name: value + 0.05 * torch.randn(value.shape, generator=generator("perturb", name)) for name, value in values.items()}
 
 
-def run_case(settings: dict, out: Path) -> None:
-    topology = Topology.start(settings["stages"])
-    family, reference, adapter = open_case(settings)
+@dataclass(frozen=True)
+class Built:
+    """One rank's part of a training."""
+
+    engine: StageEngine
+    optimizer: RunOptimizer
+    parameters: dict[str, nn.Parameter]
+    gradients: dict[str, Tensor]
+    """Of the first step, as the optimizer gets them."""
+
+
+def build(settings: dict, topology: Topology, checkpoint: Checkpoint | None) -> Built:
+    family, _, adapter = open_case(settings)
     with torch.device("meta"):
         transformer = family.build_transformer()
         if adapter:
@@ -58,8 +71,10 @@ def run_case(settings: dict, out: Path) -> None:
     own = layers[boundaries[topology.stage] : boundaries[topology.stage + 1]]
     everywhere = trainable_parameters(transformer)
     mine = {name: everywhere[name] for name in names_of(own, transformer) if name in everywhere}
-    first = perturbed(adapter.first_values(mine.items(), 0)) if adapter else {}
-    fill_stage(transformer, own, family.weights(), first, topology.device)
+    trained = perturbed(adapter.first_values(mine.items(), 0)) if adapter else {}
+    if checkpoint:
+        trained = checkpoint.weights(mine)
+    fill_stage(transformer, own, family.weights(), trained, topology.device)
 
     optimizer = RunOptimizer(mine, OptimizerConfig(**settings["optimizer"]))
     policy = RuntimePolicy(topology.device, DTYPES[family.options.dtype], settings["activation_checkpointing"])
@@ -72,28 +87,45 @@ def run_case(settings: dict, out: Path) -> None:
         accumulation=GLOBAL_BATCH // topology.replicas,
         gradient_clipping=settings["gradient_clipping"],
     )
-    gradients: dict[str, torch.Tensor] = {}
+    if checkpoint:
+        optimizer.load_state(*checkpoint.optimizer(mine))
+    built = Built(engine, optimizer, mine, {})
     step_as_usual = optimizer.step
 
     def step() -> None:
-        if not gradients:
-            gradients.update({name: gradient.clone() for name, gradient in optimizer.gradients().items() if gradient is not None})
+        if not built.gradients:
+            taken = {name: gradient.clone() for name, gradient in optimizer.gradients().items() if gradient is not None}
+            built.gradients.update(taken)
         step_as_usual()
 
     optimizer.step = step
+    return built
+
+
+def run_case(settings: dict, out: Path) -> None:
+    topology = Topology.start(settings["stages"])
+    family, reference, _ = open_case(settings)
+    built = build(settings, topology, None)
+    first_gradients = built.gradients
     results = []
     for number in range(settings["steps"]):
+        if number == settings["resume_at"]:
+            weights = {name: parameter.data for name, parameter in built.parameters.items()}
+            folder = CheckpointManager(out, topology).save(Progress(number), weights, *built.optimizer.state(), {})
+            checkpoint = Checkpoint(folder)
+            assert not checkpoint.problems()
+            built = build(settings, topology, checkpoint)
         mine_now = range(number * GLOBAL_BATCH + topology.replica, (number + 1) * GLOBAL_BATCH, topology.replicas)
-        result = engine.train_step(number, (prepared(family, reference, index) for index in mine_now))
+        result = built.engine.train_step(number, (prepared(family, reference, index) for index in mine_now))
         results.append([result.loss.hex(), result.grad_norm.hex(), result.applied])
-    held_out = engine.evaluate((prepared(family, reference, index, seed=4) for index in (100, 101)), 2)
+    held_out = built.engine.evaluate((prepared(family, reference, index, seed=4) for index in (100, 101)), 2)
 
     if topology.writes_weights:
-        save_file(gradients, out / f"gradients-{topology.stage}.safetensors")
-        weights = {name: parameter.detach().clone() for name, parameter in mine.items()}
+        save_file(first_gradients, out / f"gradients-{topology.stage}.safetensors")
+        weights = {name: parameter.detach().clone() for name, parameter in built.parameters.items()}
         save_file(weights, out / f"weights-{topology.stage}.safetensors")
     if topology.writes_weights and held_out is not None:
-        report = {"steps": results, "held_out": [loss.hex() for loss in held_out], "boundaries": boundaries}
+        report = {"steps": results, "held_out": [loss.hex() for loss in held_out]}
         (out / "results.json").write_text(json.dumps(report))
     topology.barrier()
 

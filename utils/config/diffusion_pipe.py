@@ -12,6 +12,7 @@ from utils.config.toml_file import Keys, TomlFile, dotted
 RENAMED = {
     "model.ckpt_path": "model.path",
     "model.diffusers_path": "model.path",
+    "model.checkpoint_path": "model.path",
     "model.llm_path": "model.text_encoder_path",
     "model.clip_path": "model.image_encoder_path",
     "adapter.init_from_existing": "adapter.init_from",
@@ -164,4 +165,18 @@ def _monitoring(file: TomlFile, problems: list[str], notices: list[str]) -> None
         notices.append(f"{place}: [monitoring] is read as [wandb]")
 
 
-_SPECIAL: list[Callable[[TomlFile, list[str], list[str]], None]] = [_unsloth, _eval_datasets, _monitoring]
+def _v_pred(file: TomlFile, problems: list[str], notices: list[str]) -> None:
+    """``v_pred`` of SDXL is a choice of ``prediction``; zero terminal SNR goes with it in both."""
+    keys, ours = ("model", "v_pred"), ("model", "prediction")
+    if not isinstance(value := file.get(keys), bool):
+        return  # absent, or refused as an unknown key
+    place, prediction = file.place(keys), "v_prediction" if value else "epsilon"
+    file.pop(keys)
+    if file.get(ours) is not None:
+        problems.append(f"{place}: model.v_pred is another name for model.prediction, which is given too; remove one of them")
+        return
+    file.put(ours, prediction, place)
+    notices.append(f'{place}: model.v_pred = {str(value).lower()} is read as prediction = "{prediction}"')
+
+
+_SPECIAL: list[Callable[[TomlFile, list[str], list[str]], None]] = [_unsloth, _eval_datasets, _monitoring, _v_pred]

@@ -158,6 +158,7 @@ def test_different_numbers_of_references_in_a_micro_batch_are_refused(models, en
         family_of(models / "flux1-kontext").prepare_inputs(batch, Draw(0, 0))
 
 
+@pytest.mark.slow
 def test_a_full_export_is_read_by_diffusers(tmp_path):
     """At the real width, which is the only one that diffusers' converter takes, with one block of each kind."""
     torch.manual_seed(0)

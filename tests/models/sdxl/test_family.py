@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from models.sdxl import Family
 from models.sdxl.tiny import write_tiny
 from tests.models.sdxl import reference
+from utils.config.load import load_config
 from utils.draw import Draw
 from utils.errors import UserError
 from utils.pipeline.layer import Stream
@@ -179,3 +180,27 @@ def test_settings_that_exclude_each_other(model):
             Family.Options(type="sdxl", path=model, **options)
     with pytest.raises(UserError, match="nothing to predict it from"):
         family_of(model, zero_terminal_snr=True)
+
+
+def test_a_file_of_diffusion_pipe_is_read(model, tmp_path):
+    (tmp_path / "data.toml").write_text('resolutions = [64]\n[[directory]]\npath = "pictures"\n')
+    (tmp_path / "main.toml").write_text(
+        f"""
+        output_dir = "runs"
+        dataset = "{tmp_path / "data.toml"}"
+        epochs = 1
+        [model]
+        type = "sdxl"
+        checkpoint_path = "{model}"
+        dtype = "float32"
+        v_pred = true
+        min_snr_gamma = 5
+        [optimizer]
+        type = "adamw"
+        lr = 1e-4
+        """
+    )
+    loaded = load_config(tmp_path / "main.toml", lambda name: Family.Options)
+    assert (loaded.run.model.path, loaded.run.model.prediction) == (model, "v_prediction")
+    assert loaded.run.model.min_snr_gamma == 5
+    assert len(loaded.notices) == 2

@@ -41,6 +41,7 @@ def test_pictures_and_clips_become_samples(mixed: Path):
         "mixed/coffee.png@160x160x1",
     ]
     astronaut, bikes, *_ = result.samples
+    assert (astronaut.original_size, bikes.original_size) == ((512, 512), (640, 272))
     assert (bikes.caption, bikes.fps, bikes.bucket, bikes.num_repeats) == (
         "film, people on bikes — two of them",
         16.0,
