@@ -45,7 +45,7 @@ class FluxOptions(ModelOptions):
     tokenizer_2_path: FilePath | None = None
     """The folder of T5's tokenizer. (`tokenizer_path` is CLIP's.)"""
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    """The guidance value that dev and Kontext are given in training. With 1 the model keeps its response to other values."""
+    """The guidance value that dev and Kontext are given in training; 1 is usual, whatever value pictures are made with later."""
 
 
 class Family(ModelFamily):

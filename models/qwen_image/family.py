@@ -36,7 +36,7 @@ class QwenImageOptions(ModelOptions):
     variant: Literal["qwen-image", "qwen-image-edit", "qwen-image-edit-plus", "qwen-image-edit-2511"] | None = None
     """Which model it is: the tensors do not tell. Default: by `model_index.json`, or by the transformer's file name."""
     shift: Annotated[float, Field(gt=0)] | None = None
-    """Constant timestep shift s: t' = s t / (1 + (s - 1) t). Default: grows with the picture as at inference, 1.99 at 1024x1024."""
+    """Constant timestep shift s: t' = s t / (1 + (s - 1) t). Default: grows with the picture as at inference, 2 at 1024x1024."""
 
 
 class Family(ModelFamily):
@@ -68,7 +68,10 @@ class Family(ModelFamily):
 
     def build_transformer(self) -> nn.Module:
         dtype = DTYPES[self.options.transformer_dtype or self.options.dtype]
-        return QwenImageTransformer2DModel.from_config(self.config).to(dtype)
+        transformer = QwenImageTransformer2DModel.from_config(self.config)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return transformer
 
     def weights(self) -> WeightSource:
         return WeightSource(self.files.transformer, self.key_map())

@@ -36,5 +36,5 @@ def companions(files: SdxlFiles, *, v_prediction: bool, zero_snr: bool) -> Mappi
         for name in ("vae", "text_encoder", "text_encoder_2")
     ]
     marked = {"v_pred": v_prediction, "ztsnr": v_prediction and zero_snr}
-    # That they are there is what counts.
-    return ChainMap(*parts, {name: torch.ones(1) for name in MARKERS if marked[name]})
+    # They hold nothing: that they are there is what counts.
+    return ChainMap(*parts, {name: torch.zeros(0) for name in MARKERS if marked[name]})

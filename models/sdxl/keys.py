@@ -58,7 +58,7 @@ OPEN_CLIP_LAYER = {
 
 UNET_PREFIX = "model.diffusion_model."
 MARKERS = ("v_pred", "ztsnr")
-"""Tensors that tell ComfyUI of velocity prediction and of zero terminal SNR; beside the weights, without a prefix."""
+"""Empty tensors that tell ComfyUI of velocity prediction and of zero terminal SNR; beside the weights, without a prefix."""
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """The same for models that were trained with EDM's schedule (Playground 2.5, CosXL)."""
 

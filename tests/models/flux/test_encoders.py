@@ -168,7 +168,8 @@ def test_decode_is_the_pipelines(kontext, control):
     assert torch.equal(decoded[:, 0], expected[0])
 
 
-def test_an_item_without_references_is_refused(kontext):
+def test_an_item_without_references_is_refused_before_anything_else_is_encoded(kontext):
+    assert next(iter(encoders_of(kontext / "released"))) == "references"
     encoder = loaded(kontext / "released", "references")
     with pytest.raises(UserError, match=r"cat\.png.*control_path"):
         encoder.encode([EncodeItem("pictures/cat.png@96x64x1")])

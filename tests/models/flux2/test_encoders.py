@@ -1,12 +1,15 @@
 """The encoders against diffusers' pipelines, on real pictures and captions."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from models import load_family
 from models.flux2.chat import CHATS, ChatTokenizer
+from models.flux2.tiny import QWEN3_CHAT
 from tests.models.flux2.reference import PIPELINES
 from utils.data.encoders import EncodeItem
 from utils.data.media import load_pixels
@@ -21,6 +24,10 @@ CAPTIONS = (
     "  [IMG] two\n\nlines, \u201cquotes\u201d & caf\u00e9 \u732b ",
     "a very long caption about coffee, " * 40,
 )
+
+QWEN3_MARKS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
+QWEN3_MARKS += ["<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+"""Those that Qwen3 has and Qwen2 has not, in the order of their ids from 151657 on."""
 
 
 def family_of(folder, **options):
@@ -124,6 +131,29 @@ def test_text_is_that_of_the_diffusers_pipeline(flux2, variant, layout):
         assert fields["text"].shape == (512, width)
         assert (fields["text"] - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert ids[0, :, 3].tolist() == list(range(512))
+
+
+def test_captions_in_the_real_vocabulary_of_qwen(flux2, assets, tmp_path):
+    """Klein's tokenizer is that of Qwen2 with more marks and Qwen3's template."""
+    folder = shutil.copytree(flux2("flux2-klein"), tmp_path / "klein")
+    tokenizer = AutoTokenizer.from_pretrained(assets.qwen_tokenizer)
+    tokenizer.add_tokens(QWEN3_MARKS)
+    tokenizer.chat_template, tokenizer.padding_side, tokenizer.pad_token = QWEN3_CHAT, "right", "<|endoftext|>"
+    tokenizer.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = Qwen3Config.from_pretrained(folder / "text_encoder", vocab_size=151936)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "text_encoder")
+
+    pipeline = pipeline_of(folder, "flux2-klein")
+    with torch.no_grad():
+        theirs, _ = pipeline.encode_prompt(prompt=list(CAPTIONS))
+    ours = encoded(encoders_of(folder)["text"], *(EncodeItem(key="x", caption=caption) for caption in CAPTIONS))
+    for fields, expected in zip(ours, theirs, strict=True):
+        assert (fields["text"] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    tokens = CHATS["qwen3"](ChatTokenizer(folder / "tokenizer").load(151936), "a cat")
+    start, end, line = 151644, 151645, 198
+    chat = [start, 872, line, 64, 8251, end, line, start, 77091, line, 151667, 271, 151668, 271]
+    assert tokens.ids[0].tolist() == [*chat, *[151643] * (512 - len(chat))]
 
 
 def test_padding_is_on_the_side_of_the_tokenizer(flux2):
