@@ -66,8 +66,7 @@ def main() -> int:
     setup_logging(None, rank)
     try:
         loaded = load_config(args.config, lambda name: load_family(name).Options, args.set)
-        if problems := optimizer_problems(loaded.run.optimizer):
-            raise UserError(listed(problems, "the optimizer cannot be used:"))
+        refuse_optimizer(loaded.run)
         for notice in loaded.notices:
             log.info("%s", notice)
         return check(loaded) if args.check else run(loaded, args)
@@ -76,6 +75,17 @@ def main() -> int:
         if rank == 0 or (Topology.is_started() and not error.everywhere):
             log.error("%s", error)
         return 2
+
+
+def refuse_optimizer(config: RunConfig) -> None:
+    """Raises UserError for an optimizer that cannot serve this run."""
+    if problems := optimizer_problems(config.optimizer):
+        raise UserError(listed(problems, "the optimizer cannot be used:"))
+    if config.pipeline_stages > 1 and couples_parameters(config.optimizer):
+        raise UserError(
+            f"optimizer.type = {config.optimizer.type!r} computes one value from all parameters, which on {config.pipeline_stages} "
+            "stages would be another value on each; use pipeline_stages = 1, or another optimizer"
+        )
 
 
 # ── what can be known without training ────────────────────────────────────────────────────────────────────────────────────
@@ -127,11 +137,6 @@ def describe_layers(layers: list[PipelineLayer]) -> str:
 
 def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
     config = loaded.run
-    if config.pipeline_stages > 1 and couples_parameters(config.optimizer):
-        raise UserError(
-            f"optimizer.type = {config.optimizer.type!r} computes one value from all parameters, which on {config.pipeline_stages} "
-            "stages would be another value on each; use pipeline_stages = 1, or another optimizer"
-        )
     # The model without its weights: names, shapes, layers, stages.  What does not fit is found before anything takes time.
     family = load_family(config.model.type)(config.model)
     transformer, layers, boundaries, adapter = build_layers(config, family)
