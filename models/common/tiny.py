@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from utils.checkpoints.weights import save_safetensors
 from utils.draw import generator
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -99,3 +100,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def prefixed(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def write_shards(path: Path, state: State, count: int) -> None:
+    """``path``, or as many shards of it with their index, as diffusers and transformers write them."""
+    if count == 1:
+        save_safetensors(path, state, {"format": "pt"})
+        return
+    names = sorted(state)
+    files = [f"{path.stem}-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+    for index, file in enumerate(files):
+        save_safetensors(path.with_name(file), {name: state[name] for name in names[index::count]}, {"format": "pt"})
+    weight_map = {name: files[index % count] for index, name in enumerate(names)}
+    total = sum(tensor.nbytes for tensor in state.values())
+    write_json(path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLImageProcessor
 
 from models.base import Layout
 from models.common.text_encoders import MERGES, QWEN_NAMES, QWEN_SPECIAL_TOKENS, find_tokenizer
-from models.common.tiny import Part, State, write_json
+from models.common.tiny import Part, State, write_json, write_shards
 from models.common.wan_vae import vae_key_map
 from models.qwen_image.encoders import RELEASED_PROCESSOR
 from models.qwen_image.files import EDIT, EDIT_2511, EDIT_PLUS, IMAGE, PIPELINES
@@ -171,30 +171,17 @@ def _write_diffusers(folder: Path, model: TinyModel, shards: int = 1) -> None:
     ).save_pretrained(folder / "scheduler")
     for name, part in {"transformer": model.transformer, "vae": model.vae}.items():
         part.module.save_config(folder / name)
-    _write_shards(folder / "transformer/diffusion_pytorch_model.safetensors", model.transformer.state, shards)
-    _write_shards(folder / "vae/diffusion_pytorch_model.safetensors", model.vae.state, 1)
+    write_shards(folder / "transformer/diffusion_pytorch_model.safetensors", model.transformer.state, shards)
+    write_shards(folder / "vae/diffusion_pytorch_model.safetensors", model.vae.state, 1)
     config = Qwen2_5_VLConfig(**model.text_config, architectures=["Qwen2_5_VLForConditionalGeneration"])
     config.save_pretrained(folder / "text_encoder")
-    _write_shards(folder / "text_encoder/model.safetensors", _text_state(model), shards)
+    write_shards(folder / "text_encoder/model.safetensors", _text_state(model), shards)
 
 
 def _text_state(model: TinyModel) -> State:
     """With the head, as in real files, which is not used."""
     head = torch.zeros(model.text_config["text_config"]["vocab_size"], TEXT_WIDTH)
     return {**text_key_map().to_released(model.text_encoder.state), "lm_head.weight": head}
-
-
-def _write_shards(path: Path, state: State, count: int) -> None:
-    if count == 1:
-        save_safetensors(path, state, {"format": "pt"})
-        return
-    names = sorted(state)
-    files = [f"{path.stem}-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
-    for index, file in enumerate(files):
-        save_safetensors(path.with_name(file), {name: state[name] for name in names[index::count]}, {"format": "pt"})
-    weight_map = {name: files[index % count] for index, name in enumerate(names)}
-    total = sum(tensor.nbytes for tensor in state.values())
-    write_json(path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_released(folder: Path, model: TinyModel) -> None:

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from models.base import Layout
 from models.common.text_encoders import SPIECE_TENSOR, find_tokenizer
-from models.common.tiny import Part, State, prefixed, write_json, write_t5_tokenizer
+from models.common.tiny import Part, prefixed, write_json, write_shards, write_t5_tokenizer
 from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_22_key_map, vae_key_map
 from models.wan.keys import wan_key_map
 from models.wan.networks import TIED
@@ -218,7 +218,7 @@ def _write_released(folder: Path, model: TinyModel) -> None:
         if model.variant == "wan-t2v":  # as the 1.3B model is released
             save_safetensors(place / "diffusion_pytorch_model.safetensors", released)
         else:  # as the larger models are
-            _write_shards(place, released, count=2)
+            write_shards(place / "diffusion_pytorch_model.safetensors", released, count=2)
     if model.image_encoder:
         clip = prefixed("visual.", clip_key_map().to_released(model.image_encoder.state))
         # The release holds the whole CLIP; these stand for what is not used of it.
@@ -226,17 +226,6 @@ def _write_released(folder: Path, model: TinyModel) -> None:
         torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     torch.save(t5_key_map().to_released(model.text_encoder.state), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(model.vae_release.key_map().to_released(model.vae.state), folder / model.vae_release.file)
-
-
-def _write_shards(folder: Path, state: State, count: int) -> None:
-    names = sorted(state)
-    files = [f"diffusion_pytorch_model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
-    for index, file in enumerate(files):
-        save_safetensors(folder / file, {name: state[name] for name in names[index::count]})
-    weight_map = {name: files[index % count] for index, name in enumerate(names)}
-    total = sum(tensor.nbytes for tensor in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 
 def _write_comfy(folder: Path, model: TinyModel) -> None:
