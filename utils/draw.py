@@ -43,7 +43,3 @@ class Draw:
         if self.fixed_time is not None:
             return self.fixed_time
         return float(torch.rand((), generator=self.generator(sample, purpose), dtype=torch.float64).clamp(1e-7, 1 - 1e-7))
-
-    def integer(self, sample: str, purpose: str, high: int) -> int:
-        """One uniform integer in [0, high)."""
-        return int(torch.randint(high, (), generator=self.generator(sample, purpose)))

@@ -19,7 +19,7 @@ from utils.adapters.manager import AdapterManager, trainable_parameters
 from utils.checkpoints.weights import WeightSource, materialise
 from utils.config.schema import AdapterConfig, OptimizerConfig
 from utils.data.values import MicroBatch
-from utils.diffusion.losses import mean_squared_error
+from utils.diffusion.losses import averaged
 from utils.draw import generator
 from utils.optim.optimizers import RunOptimizer
 from utils.pipeline.engine import StageEngine, StageModule
@@ -72,7 +72,7 @@ def build_engine(topology: Topology, accumulation: int) -> StageEngine:
     return StageEngine.build(
         StageModule(layers, boundaries, topology, RuntimePolicy(topology.device, torch.float32), seed=0),
         RunOptimizer(mine, OPTIMIZER),
-        lambda output, target: mean_squared_error(output["prediction"], target["velocity"]),
+        lambda output, target: averaged(output["prediction"], target["velocity"]),
         trainable_names=list(everywhere),
         micro_batch_size=1,
         accumulation=accumulation,
@@ -94,7 +94,7 @@ def step_overhead(out: Path) -> dict:
         optimizer.zero_grad()
         inputs = batch.inputs
         prediction = plain(inputs["x"], inputs["t"], inputs["text"], return_dict=False)[0]
-        mean_squared_error(prediction, batch.target["velocity"]).backward()
+        averaged(prediction, batch.target["velocity"]).backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
 

@@ -64,11 +64,6 @@ def averaged(
     return (means if weights is None else means * weights.float()).mean()
 
 
-def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over all elements, computed in fp32 whatever the dtype of the prediction."""
-    return averaged(prediction, target)
-
-
 def min_snr_weight(snr: float, gamma: float, prediction: Literal["epsilon", "v_prediction"]) -> float:
     """Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR for the noise.
 
