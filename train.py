@@ -8,11 +8,18 @@ The run as a story: read the config, look at the data, encode it, build this ran
 import argparse
 import logging
 import os
-import sys
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from utils.stopping import DONE, FAILED, USER_ERROR, Stopped, Stopper, leave
+
+# Before the slow imports: a signal that comes during them is a wish to stop like any other.
+stopper = Stopper()
+if __name__ == "__main__":
+    stopper.listen()
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +27,41 @@ from torch import Tensor, nn
 from models import load_family
 from models.base import ModelFamily
 from utils.adapters.manager import AdapterManager, MergedWeights, adaptable_modules, trainable_parameters
-from utils.checkpoints.export import LoraFile, TrainingFacts, export_full, export_lora, load_lora
-from utils.checkpoints.manager import CheckpointManager
-from utils.checkpoints.run_exports import RunExporter, WriteExport
+from utils.checkpoints.adapter_files import AdapterFile, open_adapter_file, read_adapter
+from utils.checkpoints.adapter_format import UP
+from utils.checkpoints.adapter_layouts import modules_of
+from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
+from utils.checkpoints.manager import CheckpointManager, Progress
+from utils.checkpoints.retention import Retention
+from utils.checkpoints.run_exports import RunExporter, Under, WeightsOfFiles, WriteExport
 from utils.checkpoints.weights import NamedWeights, check_names
 from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
-from utils.config.schema import RunConfig
+from utils.config.schema import RunConfig, seconds_in
 from utils.data.batches import BatchLoader, EpochOrder
 from utils.data.cache import DatasetCache
 from utils.data.sources import Scan, scan
 from utils.errors import UserError, listed
 from utils.metrics import MetricLog, setup_logging
-from utils.optim.optimizers import RunOptimizer, couples_parameters, optimizer_problems
+from utils.optim.kinds import averages
+from utils.optim.optimizers import RunOptimizer
+from utils.optim.rates import LearningRates
+from utils.optim.shares import ReplicaShares
+from utils.optim.trials import couples_parameters, optimizer_problems
 from utils.pipeline.engine import StageEngine, StageModule
 from utils.pipeline.layer import PipelineLayer
 from utils.pipeline.partition import divide, layer_weights
 from utils.pipeline.stage_weights import fill_stage, names_of
+from utils.requests import Requests
+from utils.resume import refuse_other_weights
 from utils.run import load_checkpoint, open_run
 from utils.runtime import DTYPES, RuntimePolicy
+from utils.saving import RunSaver
+from utils.schedule import Schedule, position
 from utils.topology import Topology, read_environment, replicas_for
-from utils.trainer import EvalData, Schedule, Trainer
+from utils.trained import Trained
+from utils.trainer import EvalData, Trainer
+from utils.watchdog import Watchdog
 
 log = logging.getLogger("flowstage")
 
@@ -59,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code: 0 done, 2 something that the user can put right."""
+    """Exit code: 0 done, 2 something that the user can put right, 75 told to stop and ready to go on, 1 an accident."""
     args = parse_arguments()
     read_environment()
     rank = int(os.environ["RANK"])
@@ -69,23 +90,51 @@ def main() -> int:
         refuse_optimizer(loaded.run)
         for notice in loaded.notices:
             log.info("%s", notice)
-        return check(loaded) if args.check else run(loaded, args)
+        if args.check:
+            return check(loaded)
+        if loaded.run.limits and loaded.run.limits.time:
+            stopper.limit(seconds_in(loaded.run.limits.time))
+        topology = Topology.start(loaded.run.pipeline_stages)
+        with Watchdog(topology, stopper, loaded.run.limits) as watch:
+            run(loaded, args, topology, watch)
+        topology.stop()
+        return DONE
+    except Stopped as stopped:
+        log.info("stopped before the end: %s", stopped)
+        return stopped.exit_code
     except UserError as error:
         # Before the ranks have met, each of them finds the same; later most errors are one rank's own.
         if rank == 0 or (Topology.is_started() and not error.everywhere):
             log.error("%s", error)
-        return 2
+        return USER_ERROR
+    except Exception:
+        log.exception("the run failed")
+        return FAILED
 
 
 def refuse_optimizer(config: RunConfig) -> None:
     """Raises UserError for an optimizer that cannot serve this run."""
     if problems := optimizer_problems(config.optimizer):
         raise UserError(listed(problems, "the optimizer cannot be used:"))
-    if config.pipeline_stages > 1 and couples_parameters(config.optimizer):
-        raise UserError(
-            f"optimizer.type = {config.optimizer.type!r} computes one value from all parameters, which on {config.pipeline_stages} "
-            "stages would be another value on each; use pipeline_stages = 1, or another optimizer"
-        )
+    rates = learning_rates(config)
+    if couples_parameters(config.optimizer):
+        problems = []
+        if config.pipeline_stages > 1:
+            problems.append(f"pipeline_stages = {config.pipeline_stages} would give each stage another value; use 1")
+        if config.optimizer.zero:
+            problems.append("optimizer.zero = 1 would give each replica another value; use 0")
+        if any(rates.by_part.values()):
+            problems.append("learning rates by part would give each part another value; only 0, which freezes a part, can be used")
+        if problems:
+            heading = f"optimizer.type = {config.optimizer.type!r} computes one value from all parameters; use another one, or:"
+            raise UserError(listed(problems, heading))
+    if config.ema and averages(config.optimizer):
+        raise UserError(f"[ema]: optimizer.type = {config.optimizer.type!r} averages the weights by itself; remove one of them")
+
+
+def learning_rates(config: RunConfig) -> LearningRates:
+    Family = load_family(config.model.type)
+    return LearningRates.of(config.optimizer, Family.parts, Family.part_lr(config.model))
 
 
 # ── what can be known without training ────────────────────────────────────────────────────────────────────────────────────
@@ -96,11 +145,13 @@ def check(loaded: LoadedConfig) -> int:
     config = loaded.run
     family = load_family(config.model.type)(config.model)
     transformer, layers, boundaries, adapter = build_layers(config, family)
-    encoders = family.encoders()
     read_loras(config, family, adapter, transformer)
+    encoders = family.encoders()
     processes = int(os.environ["WORLD_SIZE"])
     replicas = replicas_for(processes, config.pipeline_stages) if processes > 1 else 1
     log.info("model: %s, %s; encoders: %s", family.variant, describe_weights(transformer), ", ".join(e.name for e in encoders))
+    for line in learning_rates(config).report(trainable_parameters(transformer)):
+        log.info("%s", line)
     for stage in range(config.pipeline_stages):
         start, stop = boundaries[stage], boundaries[stage + 1]
         weights = sum(layer_weights(layers[start:stop]))
@@ -108,11 +159,12 @@ def check(loaded: LoadedConfig) -> int:
             "stage %d: layers %d to %d (%s), %.3g weights", stage, start, stop - 1, describe_layers(layers[start:stop]), weights
         )
     for name, dataset in {"training": loaded.dataset, **loaded.eval_datasets}.items():
-        found = scan(dataset, family.size_rules, hash_cache=None)
+        seed = config.seed if name == "training" else None
+        found = scan(dataset, family.size_rules, hash_cache=None, controls=family.controls, caption_seed=seed)
         log.info("%s data:\n%s", name, "\n".join(found.report.lines()))
         if name == "training":
             order = EpochOrder(found.samples, config.micro_batch_size_per_gpu, config.seed)
-            schedule = Schedule.of(config, order, replicas)
+            schedule = Schedule.of(config, order, replicas, Progress())
             log.info("%s", "\n".join(order.report(replicas * config.gradient_accumulation_steps)))
             log.info(
                 "%d steps per epoch, %d steps in all, with %d replica(s)", schedule.steps_per_epoch, schedule.total_steps, replicas
@@ -135,47 +187,60 @@ def describe_layers(layers: list[PipelineLayer]) -> str:
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
+def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watch: Watchdog) -> None:
+    """Train.  Raises Stopped if the ranks agreed to stop before the end."""
     config = loaded.run
     # The model without its weights: names, shapes, layers, stages.  What does not fit is found before anything takes time.
     family = load_family(config.model.type)(config.model)
     transformer, layers, boundaries, adapter = build_layers(config, family)
-    encoders = family.encoders()
     base, started_from = read_loras(config, family, adapter, transformer)
+    encoders = family.encoders()
 
-    topology = Topology.start(config.pipeline_stages)
-    folder = open_run(config, args.resume, topology)
+    record = {"settings": public_settings(config), "variant": family.variant}
+    everywhere = trainable_parameters(transformer)
+    folder = open_run(config, args.resume, topology, lambda found: refuse_other_weights(found, record, everywhere))
     setup_logging(folder.log_file, topology.rank)
+    watch.folder = folder.path
     log.info("run %s: %d stage(s) x %d replica(s) on %s", folder.path, topology.stages, topology.replicas, topology.device.type)
     log.info("model: %s, %s; stage boundaries %s", family.variant, describe_weights(transformer), boundaries)
+    rates = learning_rates(config)
+    for line in rates.report(everywhere):
+        log.info("%s", line)
     if topology.is_main:
         dump_config(loaded, folder.path)
     checkpoint = load_checkpoint(folder)
 
     # The data, encoded.
+    watch.safe_point("the look at the data")
     cache = DatasetCache(config.cache_dir or config.output_dir / "cache")
     found = topology.from_main(lambda: scan_all(loaded, family, cache))
     samples = [sample for part in found.values() for sample in part.samples]
-    report = cache.build(samples, encoders, rank=topology.rank, world_size=topology.world_size, device=topology.device)
+    watch.safe_point("encoding")
+    share = {"rank": topology.rank, "world_size": topology.world_size, "device": topology.device}
+    report = cache.build(samples, encoders, **share, stop=lambda: bool(stopper.asked()))
     log.info("encoded data: %s", "; ".join(report.lines()))
+    watch.safe_point("loading the weights")
     if args.cache_only:
-        return 0
+        return
 
     # The layers of this stage, with their weights.
     own = layers[boundaries[topology.stage] : boundaries[topology.stage + 1]]
-    everywhere = trainable_parameters(transformer)
     mine = {name: everywhere[name] for name in names_of(own, transformer) if name in everywhere}
     if checkpoint is not None:
         trained = checkpoint.weights(mine)
     else:
-        trained = adapter.first_values(mine.items(), config.seed) if adapter else {}
-        if started_from:
-            trained |= adapter.values_from(started_from, mine.items(), config.adapter.init_from)
+        trained = adapter.first_values(mine.items(), config.seed, base) if adapter else {}
+        for path, file in started_from.items():
+            trained |= adapter.values_from(file, mine.items(), path)
     fill_stage(transformer, own, base, trained, topology.device)
+    watch.safe_point("the start of training")
 
     # The engine around them.
     policy = RuntimePolicy(topology.device, DTYPES[config.model.dtype], config.activation_checkpointing)
-    optimizer = RunOptimizer(mine, config.optimizer)
+    if config.optimizer.zero and topology.replicas == 1:
+        log.warning("optimizer.zero = 1 has no effect: there is one replica, which keeps the whole state")
+    shares = ReplicaShares(mine, topology) if config.optimizer.zero else None
+    optimizer = RunOptimizer(mine, config.optimizer, rates.rate, shares)
     engine = StageEngine.build(
         StageModule(layers, boundaries, topology, policy, config.seed),
         optimizer,
@@ -189,7 +254,8 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
     # And the loop.
     order = EpochOrder(found["training"].samples, config.micro_batch_size_per_gpu, config.seed)
     log.info("%s", "\n".join(order.report(topology.replicas * config.gradient_accumulation_steps)))
-    schedule = Schedule.of(config, order, topology.replicas)
+    progress = position(checkpoint.progress, order) if checkpoint else Progress()
+    schedule = Schedule.of(config, order, topology.replicas, progress)
     metrics = MetricLog(
         folder.path,
         enabled=topology.is_main,
@@ -197,14 +263,15 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
         run_name=folder.path.name,
         config=public_settings(config),
         total_steps=schedule.total_steps,
-        first_step=checkpoint.progress.step if checkpoint else 0,
+        first_step=progress.step,
     )
+    write_export = export_writer(config, family, adapter, transformer, base, found["training"])
     trainer = Trainer(
         config,
         topology,
         engine=engine,
-        optimizer=optimizer,
-        parameters=mine,
+        trained=Trained(mine, optimizer, config.ema, topology, checkpoint),
+        rates=rates,
         order=order,
         loader=BatchLoader(cache, found["training"].samples, encoders, config.num_loader_threads),
         eval_data={
@@ -213,12 +280,18 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
             if name != "training"
         },
         prepare=family.prepare_inputs,
-        checkpoints=CheckpointManager(folder.path, topology),
-        exporter=RunExporter(
-            folder.exports, folder.path.name, topology, export_writer(config, family, adapter, transformer, found["training"])
+        saver=RunSaver(
+            topology,
+            CheckpointManager(folder.path, topology, Retention.of(config)),
+            RunExporter(folder.exports, folder.path.name, topology, write_export),
+            metrics,
+            Requests(folder.path),
         ),
         metrics=metrics,
-        record={"settings": public_settings(config)},
+        stopper=stopper,
+        watch=watch,
+        record=record,
+        progress=progress,
         checkpoint=checkpoint,
     )
     try:
@@ -226,15 +299,17 @@ def run(loaded: LoadedConfig, args: argparse.Namespace) -> int:
     finally:
         metrics.close()
     log.info("finished: %d steps, %d samples; everything is in %s", progress.step, progress.samples, folder.path)
-    topology.stop()
-    return 0
 
 
 def scan_all(loaded: LoadedConfig, family: ModelFamily, cache: DatasetCache) -> dict[str, Scan]:
     """The training data and the held-out data sets, by name."""
     found = {}
     for name, dataset in {"training": loaded.dataset, **loaded.eval_datasets}.items():
-        found[name] = scan(dataset, family.size_rules, hash_cache=cache.folder / "files.json")
+        memory = cache.folder / "files.json"
+        seed = loaded.run.seed if name == "training" else None
+        found[name] = scan(
+            dataset, family.size_rules, hash_cache=memory, controls=family.controls, caption_seed=seed, stop=stopper.asked
+        )
         log.info("%s data:\n%s", name, "\n".join(found[name].report.lines()))
     return found
 
@@ -249,10 +324,19 @@ def build_layers(config: RunConfig, family: ModelFamily) -> tuple[nn.Module, lis
         expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
         if problems := check_names(family.weights(), expected):
             raise UserError(listed(problems, f"the weights do not fit {family.variant}:"))
-        adapter = None
+        adapter, rates = None, learning_rates(config)
         if config.adapter is not None:
-            adapter = AdapterManager(config.adapter, family.adapter_targets)
+            adapter = AdapterManager(config.adapter, family.adapter_targets, rates.freezes)
             adapter.attach(transformer)
+            for file in family.export_files().values():
+                modules = modules_of(Under(file.prefix, trainable_parameters(transformer)))
+                if not modules:
+                    raise UserError(
+                        f"adapter.target_modules matches nothing below {file.prefix!r}, which is exported as a file of its own; "
+                        "add modules of it, or leave it out of the run in [model]"
+                    )
+                adapter.refuse_unwritable(modules, family.key_map(), family.lora_format)
+        rates.freeze(transformer)
         layers = family.layers(transformer)
     boundaries = divide(layers, config.pipeline_stages, config.partition_method, config.partition_split)
     return transformer, layers, boundaries, adapter
@@ -260,41 +344,61 @@ def build_layers(config: RunConfig, family: ModelFamily) -> tuple[nn.Module, lis
 
 def read_loras(
     config: RunConfig, family: ModelFamily, adapter: AdapterManager | None, transformer: nn.Module
-) -> tuple[NamedWeights, LoraFile | None]:
-    """The base weights with ``merge_adapters`` added, and the LoRA that the adapter starts from.
+) -> tuple[NamedWeights, dict[Path, AdapterFile]]:
+    """The base weights with ``merge_adapters`` added, to the family's encoders too, and the files that the adapter starts from.
 
     Raises UserError for files that do not fit.
     """
-    weights = family.weights()
-    modules = adaptable_modules(weights)
-    merged = [(load_lora(entry.path, modules, family.key_map()), entry.weight) for entry in config.model.merge_adapters]
-    if adapter is None or adapter.config.init_from is None:
-        return MergedWeights(weights, merged), None
-    file = load_lora(adapter.config.init_from, modules, family.key_map())
-    if strange := [name for name in file.weights if name not in trainable_parameters(transformer)]:
-        raise UserError(
-            f"adapter.init_from = {adapter.config.init_from} has an adapter on {strange[0].partition('.lora_')[0]} and "
-            f"{len(strange) // 2 - 1} more modules that adapter.target_modules leaves out; add them, or use another file"
-        )
-    adapter.values_from(file, trainable_parameters(transformer).items(), adapter.config.init_from)
-    return MergedWeights(weights, merged), file
+    weights = MergedWeights(family.adaptable_weights())
+    for entry in config.model.merge_adapters:
+        weights = weights.with_adapter(read_lora(entry.path, family, weights), entry.weight)
+    family.take_merged(weights, weights.merged)
+    started_from: dict[Path, AdapterFile] = {}
+    trained = trainable_parameters(transformer)
+    given = adapter.config.init_from if adapter else None
+    for path in given if isinstance(given, list) else [given] if given else []:
+        file = started_from[path] = read_lora(path, family, weights)
+        # Of another kind no name would fit: that is said first.
+        adapter.values_from(file, trained.items(), path)
+        others = modules_of(name for name in file.weights if name not in trained)
+        # Other trainers write adapters of layers that a model does not use, too; these were never changed.
+        if strange := [module for module in others if file.kind != "lora" or file.weights[f"{module}.{UP}"].any()]:
+            raise UserError(
+                f"adapter.init_from = {path} has an adapter on {strange[0]} and {len(strange) - 1} more modules that this run does "
+                "not train: adapter.target_modules leaves them out, or [model] keeps their network frozen; change that, or use "
+                "another file"
+            )
+        if both := [other for other in started_from if other != path and started_from[other].weights.keys() & file.weights.keys()]:
+            raise UserError(f"adapter.init_from: {both[0]} and {path} are of the same modules; name one of them")
+    return weights, started_from
+
+
+def read_lora(path: Path, family: ModelFamily, weights: NamedWeights) -> AdapterFile:
+    """An adapter of ``weights`` by the names of the run's model, of which the file may be for a part."""
+    prefix = family.export_files()[family.export_file_of(path, open_adapter_file(path).metadata)].prefix
+    modules = [name.removeprefix(prefix) for name in adaptable_modules(weights) if name.startswith(prefix)]
+    file = read_adapter(path, modules, family.key_map(), base=lambda name: weights.read(prefix + name))
+    values, scales = ({prefix + name: value for name, value in values.items()} for values in (file.weights, file.scales))
+    return replace(file, weights=values, scales=scales)
 
 
 def export_writer(
-    config: RunConfig, family: ModelFamily, adapter: AdapterManager | None, transformer: nn.Module, data: Scan
+    config: RunConfig, family: ModelFamily, adapter: AdapterManager | None, transformer: nn.Module, base: NamedWeights, data: Scan
 ) -> WriteExport:
-    """How this run's weights become a file for other programs."""
+    """How this run's weights become a file for other programs.  ``base``: the model's weights without what was trained."""
     sizes = Counter(f"{sample.bucket.width}x{sample.bucket.height}" for sample in data.samples)
     directories = Counter(sample.key.split("/")[0] for sample in data.samples)
     weights_dtype = config.adapter.dtype if config.adapter else config.model.transformer_dtype or config.model.dtype
+    trained = trainable_parameters(transformer)
+    frozen = {} if adapter else {n: p for n, p in transformer.named_parameters() if n not in trained}
+    shapes = {name: tuple(parameter.shape) for name, parameter in {**trained, **frozen}.items()}
+    base_weights = WeightsOfFiles(base, base.names())
     common = {
-        "expected": {name: tuple(parameter.shape) for name, parameter in trainable_parameters(transformer).items()},
         "key_map": family.key_map(),
         "dtype": DTYPES[config.save_dtype or weights_dtype],
-        "family": family.export_metadata(),
     }
 
-    def write(folder: Path, name: str, weights: Mapping[str, Tensor], training: Mapping[str, Any]) -> Path:
+    def write(folder: Path, name: str, weights: Mapping[str, Tensor], training: Mapping[str, Any]) -> None:
         facts = TrainingFacts(
             learning_rate=config.optimizer.lr,
             seed=config.seed,
@@ -302,12 +406,16 @@ def export_writer(
             datasets=directories,
             **training,
         )
-        if adapter is None:
-            whole = {"prefix": family.full_prefix, "companions": family.companions()}
-            return export_full(folder, name, weights, facts=facts, **whole, **common)
-        # As alpha / rank is what every reader computes, an rsLoRA has the alpha that gives its scale.
-        lora = {"fmt": family.lora_format, "alpha": adapter.scale * adapter.config.rank, "rank": adapter.config.rank}
-        return export_lora(folder, name, weights, facts=facts, **lora, **common)
+        for suffix, file in family.export_files().items():
+            own = {"weights": Under(file.prefix, weights), "expected": Under(file.prefix, shapes), "family": file.metadata}
+            if adapter is None:
+                own["weights"] = Under(file.prefix, ChainMap(weights, WeightsOfFiles(base, frozen)))
+                whole = {**common, "key_map": family.full_key_map(), "companions": family.companions()}
+                export_full(folder, name + suffix, facts=facts, **own, **whole)
+            else:
+                scales = {module: adapter.scale_of(file.prefix + module) for module in modules_of(own["expected"])}
+                lora = {"fmt": family.lora_format, "scales": scales, "base": Under(file.prefix, base_weights).__getitem__}
+                export_adapter(folder, name + suffix, facts=facts, **own, **lora, **common)
 
     return write
 
@@ -326,4 +434,4 @@ def public_settings(config: RunConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,24 +1,37 @@
 """What a model family supplies.  Everything else (stages, randomness, checkpoints, exports) is the same for all of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from utils.checkpoints.export import LoraFormat
+from utils.checkpoints.adapter_files import AdapterFile
+from utils.checkpoints.adapter_format import LoraFormat
 from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.weights import WeightSource
+from utils.checkpoints.recognise import FileFacts
+from utils.checkpoints.weights import NamedWeights
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
-from utils.data.values import Batch, MicroBatch, SizeRules
+from utils.data.values import NO_CONTROLS, Batch, ControlRules, MicroBatch, SizeRules
 from utils.diffusion.losses import LOSSES, averaged
 from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw
 from utils.pipeline.layer import PipelineLayer, Stream
 
 Layout = Literal["diffusers", "released", "comfy"]
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """One file of an export."""
+
+    prefix: str
+    """What begins the names of its weights in the model, and is left out in the file."""
+    metadata: Mapping[str, str]
+    """See :meth:`ModelFamily.export_metadata`."""
 
 
 class ModelFamily(ABC):
@@ -30,13 +43,18 @@ class ModelFamily(ABC):
     """Names that ``python -m models.tiny`` knows, each a shape of model that has its own code path."""
     adapter_targets: ClassVar[str]
     """Regular expression for the whole diffusers name of the modules that get an adapter by default."""
+    parts: ClassVar[Mapping[str, str]]
+    """Parts of the model that users give learning rates of their own: name -> regular expression for the diffusers path of a module
+    or weight, which stands for everything below it.  Every weight is in exactly one part."""
     lora_format: ClassVar[LoraFormat]
     """How a LoRA file is named so that ComfyUI and diffusers both read it whole."""
-    full_prefix: ClassVar[str] = ""
-    """What stands before the released names in a full export: of a release that is one file with all networks."""
+    file_facts: ClassVar[FileFacts]
+    """How files of the family are recognised and converted without a model at hand."""
 
     options: ModelOptions
     size_rules: SizeRules
+    controls: ControlRules = NO_CONTROLS
+    """How many control pictures each sample must and may have."""
     variant: str
 
     @abstractmethod
@@ -55,8 +73,17 @@ class ModelFamily(ABC):
         """The diffusers model with its true names, in training's dtype, on the default device (the caller sets ``meta``)."""
 
     @abstractmethod
-    def weights(self) -> WeightSource:
+    def weights(self) -> NamedWeights:
         """The transformer's weights by diffusers name, read lazily from whatever layout the files have."""
+
+    def adaptable_weights(self) -> NamedWeights:
+        """What adapter files may be for: the transformer's weights, and those of frozen encoders that such files know."""
+        return self.weights()
+
+    def take_merged(self, weights: NamedWeights, merged: Sequence[tuple[AdapterFile, float]]) -> None:
+        """Let frozen encoders compute with ``merge_adapters``: ``weights`` are :meth:`adaptable_weights` with them.  Called before
+        :meth:`encoders`."""
+        return None
 
     @abstractmethod
     def layers(self, transformer: nn.Module) -> list[PipelineLayer]:
@@ -72,6 +99,15 @@ class ModelFamily(ABC):
     @abstractmethod
     def key_map(self) -> KeyMap:
         """Diffusers names to the released layout and back."""
+
+    def full_key_map(self) -> KeyMap:
+        """Diffusers names to the keys of a full export; in a release that is one file, these tell the networks from each other."""
+        return self.key_map()
+
+    @classmethod
+    def part_lr(cls, options: ModelOptions) -> Mapping[str, float]:
+        """Learning rates by part that ``[model]`` has keys for; ``[optimizer.part_lr]`` goes before them."""
+        return {}
 
     def loss(self, output: Stream, target: dict[str, Tensor]) -> Tensor:
         """Scalar fp32 loss of one micro-batch.
@@ -99,6 +135,14 @@ class ModelFamily(ABC):
         The other networks where the release is one file, and tensors that tell other programs of the kind of model.
         """
         return {}
+
+    def export_files(self) -> Mapping[str, ExportFile]:
+        """The files of an export, by what follows the run's name in the file's name.  Together they hold every weight."""
+        return {"": ExportFile("", self.export_metadata())}
+
+    def export_file_of(self, path: Path, metadata: Mapping[str, str]) -> str:
+        """Which of :meth:`export_files` an adapter's file belongs to.  Raises UserError if that is not clear."""
+        return ""
 
     @abstractmethod
     def export_metadata(self) -> dict[str, str]:

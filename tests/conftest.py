@@ -1,6 +1,8 @@
-"""What all tests share: real data, the skip of GPU tests, and the environment of processes that tests start."""
+"""What all tests share: real data, the record of what they measure, the skip of GPU tests, the environment of processes."""
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +78,39 @@ def process_environment() -> dict[str, str]:
     return inherited | accelerator | ours
 
 
+MEASURED = pytest.StashKey[dict[str, dict[str, float]]]()
+
+
+@pytest.fixture
+def measured(pytestconfig) -> Callable[[str, str, float], None]:
+    """``measured(variant, quantity, value)`` keeps a number that a test holds against its limit; of several the largest.
+
+    With ``--record FILE`` they are written down; ``tests/measure.py`` names the quantities and makes a table of them.
+    """
+
+    def keep(variant: str, quantity: str, value: float) -> None:
+        kept = pytestconfig.stash[MEASURED].setdefault(variant, {})
+        kept[quantity] = max(float(value), kept.get(quantity, 0.0))
+
+    return keep
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="FILE", help="write what the tests measure to this JSON file")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := session.config.getoption("--record"):
+        file.write_text(json.dumps(session.config.stash[MEASURED], indent=2, sort_keys=True) + "\n")
+
+
 # How long an example takes says nothing on a machine that does other things too.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = {}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -12,7 +12,7 @@ from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import DatasetConfig
 from utils.config.toml_file import TomlFile
 from utils.data import buckets
-from utils.optim.optimizers import optimizer_problems
+from utils.optim.trials import optimizer_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

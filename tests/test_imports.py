@@ -21,11 +21,12 @@ OWNERS = {
 
 # The parts of utils, lowest first: a part imports from its own line and the lines above.
 LEVELS = [
-    {"errors", "draw", "diffusion"},
+    {"errors", "draw", "diffusion", "stopping"},
     {"config"},
     {"runtime", "topology"},
-    {"adapters", "checkpoints", "data", "metrics", "optim", "pipeline"},
-    {"run", "trainer"},
+    {"adapters", "checkpoints", "control", "data", "metrics", "optim", "pipeline"},
+    {"watchdog"},
+    {"bad_steps", "convert", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 

@@ -1,6 +1,8 @@
 """The run's folder, and which checkpoint it continues from."""
 
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +33,17 @@ class RunFolder:
         return self.path / "exports"
 
 
-def open_run(config: RunConfig, resume: str | None, topology: Topology) -> RunFolder:
+def open_run(config: RunConfig, resume: str | None, topology: Topology, refuse: Callable[[Checkpoint], None]) -> RunFolder:
     """Make or find the run's folder; collective.
 
-    ``resume``: the value of ``--resume`` (``latest`` or a checkpoint's folder), which goes before the config's.
+    ``resume``: the value of ``--resume`` (``latest`` or a checkpoint's folder), which goes before the config's.  ``refuse`` raises
+    UserError for a checkpoint that this config cannot continue; then nothing in the folder is changed.
     Raises UserError if the folder cannot be written, or if what is there and what is asked for do not fit.
     """
-    return topology.from_main(lambda: _open(config, resume or config.resume, topology))
+    return topology.from_main(lambda: _open(config, resume or config.resume, topology, refuse))
 
 
-def _open(config: RunConfig, resume: str, topology: Topology) -> RunFolder:
+def _open(config: RunConfig, resume: str, topology: Topology, refuse: Callable[[Checkpoint], None]) -> RunFolder:
     named = Path(resume)
     is_path = resume not in ("never", "latest", "latest-or-new")
     if is_path and config.run_name is None:
@@ -68,9 +71,14 @@ def _open(config: RunConfig, resume: str, topology: Topology) -> RunFolder:
             raise UserError(
                 f"resume = {resume!r}: the run {folder} cannot be continued: {state}; start it anew under another run_name"
             )
+    if checkpoint is not None:
+        refuse(checkpoint)
     _make_writable(folder)
     if checkpoint is not None:
-        manager.set_aside_after(checkpoint.progress.step)
+        manager.set_aside_others(checkpoint)
+    manager.remove_leftovers()
+    for leftover in (folder / "exports").glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     return RunFolder(folder, checkpoint.folder if checkpoint else None)
 
 
@@ -88,8 +96,4 @@ def _make_writable(folder: Path) -> None:
 
 def load_checkpoint(run: RunFolder) -> Checkpoint | None:
     """The checkpoint to continue from, on every rank; it was verified when the run was opened."""
-    if run.resumed is None:
-        return None
-    checkpoint = Checkpoint(run.resumed)
-    checkpoint.read_manifest()
-    return checkpoint
+    return Checkpoint(run.resumed) if run.resumed else None

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.stopping import Stopped
 
 # The variables that torch.distributed reads, and what Slurm's srun calls them.
 SLURM_VARIABLES = {
@@ -135,7 +136,7 @@ class Topology:
         return box[0]
 
     def from_main(self, function: Callable[[], Any]) -> Any:
-        """Call the function on rank 0 alone and give its result, or its UserError, to every rank."""
+        """Call the function on rank 0 alone and give its result, or its UserError or Stopped, to every rank."""
         result: Any = None
         if self.is_main:
             try:
@@ -143,8 +144,10 @@ class Topology:
             except UserError as error:
                 error.everywhere = True
                 result = error
+            except Stopped as stopped:
+                result = stopped
         result = self.broadcast(result)
-        if isinstance(result, UserError):
+        if isinstance(result, UserError | Stopped):
             raise result
         return result
 
@@ -155,6 +158,19 @@ class Topology:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def post(self, key: str, text: str) -> None:
+        """Leave a text for another rank, which collects it when it likes.  For threads beside training, too."""
+        _store().set(key, text)
+
+    def collect(self, key: str) -> str | None:
+        """A text that was posted, which is then gone; None if there is none yet."""
+        store = _store()
+        if not store.check([key]):
+            return None
+        text = store.get(key).decode()
+        store.delete_key(key)
+        return text
 
     def sum_over_stages(self, tensor: Tensor) -> Tensor:
         """In-place sum over the stages of this replica."""
@@ -170,27 +186,40 @@ class Topology:
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.all_reduce(flat, group=self.replica_groups[self.stage])
             flat /= self.replicas
-            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            _scatter(flat, bucket)
 
-    def copy_to_replicas(self, tensors: Sequence[Tensor]) -> None:
-        """Replica 0's values to the other replicas of this stage."""
-        if self.replicas > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=self.stage * self.replicas, group=self.replica_groups[self.stage])
+    def copy_to_replicas(self, tensors: Sequence[Tensor], source: int = 0, bucket_elements: int = 1 << 26) -> None:
+        """The values of replica ``source`` to the other replicas of this stage, in flat buckets of one dtype."""
+        if self.replicas == 1:
+            return
+        for bucket in _buckets(tensors, bucket_elements):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.broadcast(flat, src=self.stage * self.replicas + source, group=self.replica_groups[self.stage])
+            if self.replica != source:
+                _scatter(flat, bucket)
+
+
+def _store() -> dist.Store:
+    """The table of texts through which the processes found each other.  It never waits, unlike a collective."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _scatter(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    """The parts of a flat tensor into the tensors that it was put together from."""
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: Sequence[Tensor], bucket_elements: int) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = []
+    filled = 0
     for tensor in tensors:
-        if (
-            buckets
-            and buckets[-1][0].dtype is tensor.dtype
-            and sum(t.numel() for t in buckets[-1]) + tensor.numel() <= bucket_elements
-        ):
+        if buckets and buckets[-1][0].dtype is tensor.dtype and filled + tensor.numel() <= bucket_elements:
             buckets[-1].append(tensor)
         else:
             buckets.append([tensor])
+            filled = 0
+        filled += tensor.numel()
     return buckets
 
 

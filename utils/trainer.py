@@ -1,36 +1,43 @@
 """The training loop: steps, evaluation, and when to save what."""
 
-import hashlib
 import itertools
 import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
-from utils.checkpoints.run_exports import RunExporter
+from utils.bad_steps import BadSteps
+from utils.checkpoints.checkpoint import Checkpoint, Progress
 from utils.config.schema import RunConfig
 from utils.data.batches import BatchLoader, EpochOrder, MicroBatchPlan
 from utils.data.values import Batch, MicroBatch, Sample
 from utils.draw import Draw
-from utils.errors import UserError
 from utils.metrics import MetricLog
-from utils.optim.optimizers import RunOptimizer
+from utils.optim.rates import LearningRates
 from utils.optim.schedules import learning_rate_factor
-from utils.pipeline.engine import StageEngine, StepResult
+from utils.pipeline.engine import StageEngine
+from utils.resume import report_resume
+from utils.saving import RunSaver
+from utils.schedule import Schedule, data_fingerprint
+from utils.stopping import DONE, RUN_AGAIN, Stopped, Stopper, Wishes
 from utils.topology import Topology
+from utils.trained import Trained
+from utils.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# So many refused steps in a row are no accident of single samples any more.
-MAX_REFUSED_STEPS = 20
+# So many samples of refused steps are named in the error that ends the run; the others are in the log.
+NAMED_SAMPLES = 12
 # Evaluation has an epoch of its own, so that its noise is the same whenever it is run.
 EVALUATION_EPOCH = -1
+# Held-out micro-batches between two looks at whether to stop, for each stage: the pipeline runs empty there.
+EVAL_CHUNK = 8
+# What writing a checkpoint is thought to do before one was measured.
+UNMEASURED_BYTES_PER_SECOND = 2e8
 
 
 @dataclass(frozen=True)
@@ -39,20 +46,6 @@ class EvalData:
 
     samples: list[Sample]
     loader: BatchLoader
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long the run is, in optimizer steps."""
-
-    steps_per_epoch: int
-    total_steps: int
-
-    @classmethod
-    def of(cls, config: RunConfig, order: EpochOrder, replicas: int) -> "Schedule":
-        steps = order.steps_per_epoch(replicas * config.gradient_accumulation_steps)
-        limits = [limit for limit in (config.max_steps, config.epochs and config.epochs * steps) if limit]
-        return cls(steps_per_epoch=steps, total_steps=min(limits))
 
 
 class Trainer:
@@ -64,122 +57,167 @@ class Trainer:
         topology: Topology,
         *,
         engine: StageEngine,
-        optimizer: RunOptimizer,
-        parameters: Mapping[str, nn.Parameter],
+        trained: Trained,
+        rates: LearningRates,
         order: EpochOrder,
         loader: BatchLoader,
         eval_data: Mapping[str, EvalData],
         prepare: Callable[[Batch, Draw], MicroBatch],
-        checkpoints: CheckpointManager,
-        exporter: RunExporter,
+        saver: RunSaver,
         metrics: MetricLog,
+        stopper: Stopper,
+        watch: Watchdog,
         record: Mapping[str, Any],
-        checkpoint: Checkpoint | None = None,
+        progress: Progress,
+        checkpoint: Checkpoint | None,
     ):
-        self.config, self.topology, self.engine, self.optimizer = config, topology, engine, optimizer
-        self.parameters, self.order, self.loader, self.eval_data, self.prepare = parameters, order, loader, eval_data, prepare
-        self.checkpoints, self.exporter, self.metrics = checkpoints, exporter, metrics
+        self.config, self.topology, self.engine, self.trained, self.rates = config, topology, engine, trained, rates
+        self.order, self.loader, self.eval_data, self.prepare = order, loader, eval_data, prepare
+        self.saver, self.metrics, self.stopper, self.watch = saver, metrics, stopper, watch
+        self.agreed = Wishes()
+        """What the ranks asked for at their last exchange."""
         self.record = {**record, "seed": config.seed, "data": data_fingerprint(order)}
-        self.micro_batches_per_step = topology.replicas * config.gradient_accumulation_steps
-        self.samples_per_step = self.micro_batches_per_step * config.micro_batch_size_per_gpu
-        self.schedule = Schedule.of(config, order, topology.replicas)
-        self.progress = Progress()
+        self.progress, self.schedule = progress, Schedule.of(config, order, topology.replicas, progress)
+        self.micro_batches_per_step, self.samples_per_step = self.schedule.batch.micro_batches, self.schedule.batch.samples
+        self.bad_steps = BadSteps(config.max_bad_steps)
+        self._last_checkpoint_time = time.monotonic()
+        self._evaluated_at: int | None = None
+        self._eval_losses: dict[str, float] = {}
         if checkpoint is not None:
-            self._resume(checkpoint)
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Optimizer state and position.  The weights were filled in when the layers were made."""
-        self.optimizer.load_state(*checkpoint.optimizer(self.parameters))
-        self.progress = checkpoint.progress
-        before, now = _flat(checkpoint.record), _flat(self.record)
-        for key in [key for key in {**before, **now} if before.get(key) != now.get(key)]:
-            log.warning("changed since the checkpoint: %s was %r, is %r", key, before.get(key), now.get(key))
-        if before.get("data") != now["data"]:
-            log.warning("the data set is not the one of the checkpoint: the rest of the epoch has another order")
-        log.info("continuing from step %d (epoch %d) of %s", self.progress.step, self.progress.epoch + 1, checkpoint.folder.name)
+            self.saver.checkpoints.resumed_from(checkpoint)
+            if topology.is_main:
+                report_resume(checkpoint, self.record, progress, order, self.schedule, rates.default * self._lr_factor())
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(self) -> Progress:
-        """Train to the end of the schedule; returns the final progress."""
+        """Train to the end of the schedule; returns the final progress.  Raises Stopped if the ranks agreed to end before."""
+        if self.progress.unfinished:
+            log.info("the run was stopped before this was done: %s", ", ".join(self.progress.unfinished))
+            self._finish_step()
         if self.progress.step >= self.schedule.total_steps:
             log.info("the run is finished: %d of %d steps are done", self.progress.step, self.schedule.total_steps)
             return self.progress
-        if self.config.eval_before_first_step and self.progress.step == 0:
-            self.evaluate()
+        if self.config.eval_before_first_step and self.progress.step == 0 and not self.evaluate():
+            self._stop()  # there is nothing to save yet
         batches = self._training_batches()
-        self._last_checkpoint_time = time.monotonic()
-        refused = 0
         while self.progress.step < self.schedule.total_steps:
-            result = self._step(batches)
-            refused = 0 if result.applied else refused + 1
-            if refused == MAX_REFUSED_STEPS:
-                error = UserError(
-                    f"the loss or the gradient was not finite in {refused} steps in a row, up to step {self.progress.step}; "
-                    "no weight was changed by them, and metrics.jsonl names their samples. Try a lower optimizer.lr"
-                )
-                error.everywhere = True
-                raise error
+            with self.watch.step(self.progress.step + 1):
+                self._step(batches)
+            if self.bad_steps.are_too_many:
+                # Behind the refused samples: from before them the run would come to the same place again.
+                self.save_checkpoint()
+                self.saver.finish()
+                raise self.bad_steps.error(self.progress.step)
             self._save_and_evaluate()
+            self.saver.report()
+        self.saver.finish()
         return self.progress
 
-    def _step(self, batches: Iterator[MicroBatch]) -> StepResult:
+    def _wishes(self) -> Wishes:
+        """What this rank asks for at this moment."""
+        # Until the next look at the clock a step goes by, and a save that may have to wait for the one before.
+        self.stopper.needs(self.watch.longest_step + 2 * self._longest_save())
+        minutes = self.config.checkpoint_every_n_minutes
+        over = minutes is not None and time.monotonic() - self._last_checkpoint_time >= 60 * minutes
+        # Clocks differ between ranks: rank 0's decides.
+        checkpoint = "checkpoint_every_n_minutes" if over and self.topology.is_main else ""
+        return Wishes.of_all([Wishes(stop=self.stopper.asked(), checkpoint=checkpoint), self.saver.wishes()])
+
+    def _longest_save(self) -> float:
+        """Seconds, as measured on rank 0; before that, as guessed from the usual most: weights, master weights, two values each."""
+        guessed = sum(12 * p.numel() + p.nbytes for p in self.trained.parameters.values()) / UNMEASURED_BYTES_PER_SECOND
+        return self.saver.longest_save or guessed
+
+    def _stop(self) -> None:
+        """Raise Stopped, with all that is done on the disk."""
+        self.saver.finish()
+        if self.agreed.stop:
+            raise Stopped(self.agreed.stop, RUN_AGAIN)
+        self.saver.stopped_by_request(self.progress.step)
+        raise Stopped(self.agreed.finish, DONE)
+
+    def _step(self, batches: Iterator[MicroBatch]) -> None:
         started = time.perf_counter()
         step = self.progress.step
-        factor = learning_rate_factor(
-            step,
-            schedule=self.config.lr_scheduler,
-            warmup_steps=self.config.warmup_steps,
-            total_steps=self.schedule.total_steps,
-        )
-        lr = self.optimizer.set_lr(factor)
+        factor = self._lr_factor()
+        self.trained.optimizer.set_lr(factor)
         result = self.engine.train_step(step, batches)
         seconds = time.perf_counter() - started
-        keys = [key for plan in self._plans_at(self.progress) for key in plan.keys] if not result.applied else []
+        batch = [] if result.applied else self._plans_at(self.progress)
         samples = self.samples_per_step
         self.progress = self.progress.after_step(samples, epoch_is_over=self._epoch_ends(self.progress))
+        if self.trained.average is not None and result.applied:
+            self.trained.average.update(self.progress.step)
         values = {
             "step": self.progress.step,
             "epoch": self.progress.epochs_begun,
             "samples": self.progress.samples,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "lr": lr,
+            **self.rates.scaled(factor),
             "seconds": seconds,
             "samples_per_second": samples / seconds,
-            "stage_memory_gb": self._stage_memory(),
+            "stage_memory_gb": self._exchange(),
         }
         self.metrics.step(values)
-        if not result.applied:
-            log.error(
-                "step %d was refused: loss %s, gradient norm %s; its samples: %s", step + 1, result.loss, result.grad_norm, keys
-            )
+        if result.applied:
+            self.bad_steps.good()
+        else:
+            keys = [key for plan in batch for key in plan.keys]
+            self.bad_steps.bad(self.progress.step, result.loss, result.grad_norm, keys)
             self.metrics.event("refused_step", {"step": self.progress.step, "samples": keys})
-        return result
+
+    def _lr_factor(self) -> float:
+        return learning_rate_factor(
+            self.progress.step,
+            schedule=self.config.lr_scheduler,
+            warmup_steps=self.config.warmup_steps,
+            total_steps=self.schedule.total_steps,
+        )
 
     def _save_and_evaluate(self) -> None:
+        """What is due after this step.  The checkpoint comes last: a run that continues from it does not do the rest again."""
         config, step = self.config, self.progress.step
         last = step == self.schedule.total_steps
-        epoch = self.progress.epoch if self.progress.epoch_samples == 0 else None
 
-        def due(every_steps: int | None, every_epochs: int | None) -> bool:
-            by_steps = every_steps is not None and step % every_steps == 0
-            return by_steps or (every_epochs is not None and epoch is not None and epoch % every_epochs == 0)
-
-        if due(config.eval_every_n_steps, config.eval_every_n_epochs):
-            self.evaluate()
-        if last or due(config.checkpoint_every_n_steps, config.checkpoint_every_n_epochs) or self._minutes_are_over():
+        work = []
+        if self._due(config.eval_every_n_steps, config.eval_every_n_epochs):
+            work.append("evaluation")
+        if last or self.agreed.export or self._due(config.save_every_n_steps, config.save_every_n_epochs):
+            work.append("export")
+        self.progress = replace(self.progress, unfinished=work)
+        wanted = self.agreed.checkpoint or self._due(config.checkpoint_every_n_steps, config.checkpoint_every_n_epochs)
+        wanted = wanted or (config.keep_best and "evaluation" in work)
+        self._finish_step()
+        if last or wanted:
             self.save_checkpoint()
-        if last or due(config.save_every_n_steps, config.save_every_n_epochs):
-            by_epoch = config.save_every_n_steps is None and config.save_every_n_epochs is not None and epoch is not None
-            self.export(f"epoch-{epoch:04d}" if by_epoch else f"step-{step:08d}")
 
-    def _minutes_are_over(self) -> bool:
-        minutes = self.config.checkpoint_every_n_minutes
-        if minutes is None:
-            return False
-        # Clocks differ between ranks: rank 0's decides.
-        return self.topology.broadcast(time.monotonic() - self._last_checkpoint_time >= 60 * minutes)
+    def _due(self, every_steps: int | None, every_epochs: int | None) -> bool:
+        step, epoch = self.progress.step, self._epoch_that_ended
+        by_steps = every_steps is not None and step % every_steps == 0
+        return by_steps or (every_epochs is not None and epoch is not None and epoch % every_epochs == 0)
+
+    @property
+    def _epoch_that_ended(self) -> int | None:
+        """With the last step, counted from 1."""
+        return self.progress.epoch if self.progress.epoch_samples == 0 else None
+
+    def _finish_step(self) -> None:
+        """Do what is due.  If the ranks agree to end, save with the rest of it still to be done, and raise Stopped."""
+        for name in self.progress.unfinished:
+            if self.agreed.ends or not {"evaluation": self.evaluate, "export": self._export_step}[name]():
+                break
+            self.progress = replace(self.progress, unfinished=self.progress.unfinished[1:])
+        if self.agreed.ends:
+            self.save_checkpoint()
+            self._stop()
+
+    def _export_step(self) -> bool:
+        config, epoch = self.config, self._epoch_that_ended
+        by_epoch = config.save_every_n_steps is None and config.save_every_n_epochs is not None and epoch is not None
+        self.saver.export(f"epoch-{epoch:04d}" if by_epoch else f"step-{self.progress.step:08d}", self.trained, self.progress)
+        return True
 
     # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -210,17 +248,30 @@ class Trainer:
 
     # ── evaluation ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def evaluate(self) -> None:
-        """Held-out loss: every sample with its fixed noise, at fixed quantiles of the timestep distribution."""
+    def evaluate(self) -> bool:
+        """Held-out loss: every sample with its fixed noise, at fixed quantiles of the timestep distribution.
+
+        False, and nothing reported, if the ranks agreed to end before it was done.
+        """
+        measured: dict[str, dict[float, float]] = {}
         for name, data in self.eval_data.items():
-            with self.optimizer.evaluation():
-                losses = {place: self._eval_loss(data, place) for place in self.config.eval_timesteps}
+            with self.trained.for_evaluation():
+                for place in self.config.eval_timesteps:
+                    self.watch.phase = f"the evaluation at step {self.progress.step}"
+                    if (loss := self._eval_loss(data, place)) is None:
+                        return False
+                    measured.setdefault(name, {})[place] = loss
+        for name, losses in measured.items():
             values: dict[str, Any] = {f"loss_at_{place:g}": loss for place, loss in losses.items()}
             mean = sum(losses.values()) / len(losses)
             log.info("eval %s: loss %.5f at step %d", name, mean, self.progress.step)
             self.metrics.event("eval", {"step": self.progress.step, "dataset": name, "loss": mean, **values})
+            self._eval_losses[name] = mean
+        self._evaluated_at = self.progress.step
+        return True
 
-    def _eval_loss(self, data: EvalData, place: float) -> float:
+    def _eval_loss(self, data: EvalData, place: float) -> float | None:
+        """None if the ranks agreed to end before it was measured."""
         topology = self.topology
         # One sample each, so that sizes need not fit; replicas that have one less repeat their last, which is not counted.
         plans = [MicroBatchPlan.single(index, sample.key) for index, sample in enumerate(data.samples)]
@@ -230,48 +281,34 @@ class Trainer:
         draw = Draw(self.config.seed, EVALUATION_EPOCH, fixed_time=place)
         reads = topology.stage in (0, topology.stages - 1)
         batches = data.loader.prepared(((plan, draw) for plan in padded), self.prepare) if reads else iter(())
-        losses = self.engine.evaluate(batches, count)
-        counted = losses[: len(mine)] if losses is not None else []
-        everywhere = list(itertools.chain.from_iterable(topology.gather(counted)))
+        losses: list[float] = []
+        everywhere: list[float] = []
+        for first in range(0, count, EVAL_CHUNK * topology.stages):
+            chunk = min(EVAL_CHUNK * topology.stages, count - first)
+            losses += self.engine.evaluate(batches, chunk) or []
+            counted = losses[first : len(mine)]
+            reports = topology.gather((counted, self._wishes()))
+            everywhere += itertools.chain.from_iterable(part for part, _ in reports)
+            self.agreed = Wishes.of_all(wishes for _, wishes in reports)
+            if self.agreed.ends:
+                return None
         return sum(sorted(everywhere)) / len(everywhere)
 
     # ── saving ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save_checkpoint(self) -> None:
-        weights = {name: parameter.data for name, parameter in self.parameters.items()}
-        path = self.checkpoints.save(self.progress, weights, *self.optimizer.state(), self.record)
+        """Begin a checkpoint of the present state; it is written beside training."""
+        eval_losses = self._eval_losses if self._evaluated_at == self.progress.step else {}
+        self.saver.checkpoint(self.progress, *self.trained.state(), self.record, eval_losses)
         self._last_checkpoint_time = time.monotonic()
-        self.metrics.event("checkpoint", {"step": self.progress.step, "name": path.name if path else None})
-        if path:
-            log.info("checkpoint %s", path.name)
 
-    def export(self, name: str) -> None:
-        with self.optimizer.evaluation():
-            weights = {name: parameter.data for name, parameter in self.parameters.items()}
-            training = {"step": self.progress.step, "epoch": self.progress.epochs_begun, "samples": self.progress.samples}
-            path = self.exporter.export(name, weights, training)
-        self.metrics.event("export", {"step": self.progress.step, "name": path.name if path else None})
-
-    def _stage_memory(self) -> list[float]:
-        """Peak memory of each rank so far, in GB: the GPU's, or without one the process's."""
+    def _exchange(self) -> list[float]:
+        """The one message of all ranks to all after a step: their wishes, and what is returned: the peak memory of each so far, in
+        GB: the GPU's, or without one the process's."""
         if self.topology.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.topology.device) / 1e9
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        return [round(value, 3) for value in self.topology.gather(peak)]
-
-
-def data_fingerprint(order: EpochOrder) -> str:
-    """Hash of the samples in their order: the same position means the same sample only if this is the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in order.samples:
-        digest.update(f"{sample.key}\x1f{sample.num_repeats}\x1e".encode())
-    return digest.hexdigest()
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        reports = self.topology.gather((round(peak, 3), self._wishes()))
+        self.agreed = Wishes.of_all(wishes for _, wishes in reports)
+        return [memory for memory, _ in reports]

@@ -86,6 +86,7 @@ def clip_text_network(title: str, *, projection: bool, activation: str, prefixes
         config=config,
         build=build,
         width=lambda config: config["projection_dim"],
+        in_folder="diffusers" if projection else "released",
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.common.networks import Network, OpenedNetwork, open_network
+from models.common.networks import Network, OpenedNetwork, StrangerError, open_network, stranger_at
 from models.common.text_encoders import NAMES, TokenizerFile, find_tokenizer, tokenizer_inside
 from utils.config.schema import ModelOptions
 from utils.errors import UserError, listed
@@ -25,6 +25,13 @@ class Place:
         return sorted({path.parent for path in found}) if self.as_folder else found
 
 
+STRANGERS = (
+    *(Place(f"{folder}/*.safetensors", as_folder=True) for folder in ("transformer", "high_noise_model")),
+    Place("diffusion_pytorch_model*.safetensors", as_folder=True),
+    *(Place(f"{folder}/**/*.safetensors") for folder in ("diffusion_models", "unet", "checkpoints")),
+    Place("*.safetensors"),
+)
+"""Where the transformers of all families are."""
 ANY_FILE = Place("*.safetensors")
 """The last place of every part: a folder of single files.  What does not fit there is not worth a word."""
 
@@ -36,6 +43,8 @@ class FileSearch:
         self.options, self.networks, self.places = options, networks, places
         self.found: dict[str, Path] = {}
         self.problems: list[str] = []
+        self.strangers: list[str] = []
+        """Transformers of other families, if there is none of this one.  Then no other part of the model is looked for."""
         self.root = options.path
         if self.root and not self.root.is_dir():
             use = "is a file; single files are named with model.transformer_path, model.vae_path, …"
@@ -53,6 +62,8 @@ class FileSearch:
         ``inside``: a part that was searched before, in whose file this one is looked for first: an all-in-one file holds both.
         """
         chosen: Path | None = getattr(self.options, f"{name}_path")
+        if self.strangers:
+            return None
         if chosen:
             opened, problem = self._open(name, chosen, width)
             if opened:
@@ -86,10 +97,22 @@ class FileSearch:
                 return None
             if place is not ANY_FILE:
                 rejected += [problem for _, _, problem in tried if problem and problem not in rejected]
+        strangers = self._strangers(self.networks[name].family)
+        if strangers and set(rejected) <= set(strangers):
+            self.strangers = strangers
+            self.problems += strangers[:NAMED]
+            return None
         looked = ", ".join(place.pattern for place in self.places[name])
         problem = f"no {title} in {self.root}; looked for {looked}; name it with model.{name}_path"
         self.problems.append(_indented("\n".join([problem, *rejected[:NAMED]])))
         return None
+
+    def _strangers(self, family: str | None) -> list[str]:
+        """What transformers of other families lie below the path.  ``family`` None: it is no transformer that is looked for."""
+        if family is None:
+            return []
+        paths = dict.fromkeys(path for place in STRANGERS for path in place.candidates(self.root))
+        return list(filter(None, (stranger_at(path, family) for path in paths)))
 
     def _open(self, name: str, path: Path, width: int | None) -> tuple[OpenedNetwork | None, str | None]:
         network = self.networks[name]
@@ -97,6 +120,8 @@ class FileSearch:
             opened = open_network(network, path)
         except UserError as error:
             problem = str(error)
+            if isinstance(error, StrangerError) and path == getattr(self.options, f"{name}_path"):
+                self.strangers = [problem]
             return None, problem if str(path) in problem else f"{path}: {problem}"
         own_width = network.width(opened.config) if network.width else width
         if width and own_width != width:
@@ -116,6 +141,8 @@ class FileSearch:
 
         ``source``: a sentence that says where to get it.  ``names``: the files it may be in, and their kinds.
         """
+        if self.strangers:
+            return None
         no_file = " and ".join(f"no {file}" for file in names)
         chosen: Path | None = getattr(self.options, f"{name}_path")
         if chosen:

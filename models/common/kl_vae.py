@@ -4,7 +4,7 @@ The release's names are those of ``ldm/modules/diffusionmodules/model.py`` (Comp
 other names are diffusers' (``AutoencoderKL``, ``AutoencoderKLFlux2``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -105,3 +105,14 @@ def kl_vae_sizes(names: Names, given: Config | None) -> Config:
             "put the VAE's config.json beside the file, it tells the number"
         )
     return {**told, **sizes, "norm_num_groups": groups}
+
+
+def refuse_other_scale(model: str, scale: Mapping[str, float]) -> Callable[[Config], None]:
+    """A check of a VAE's config: UserError if it scales latents otherwise than ``model``'s, whose shapes others have too."""
+
+    def check(config: Config) -> None:
+        told = {name: config[name] for name in scale}
+        if told != scale:
+            raise UserError(f"its config.json says {told}, {model}'s VAE has {scale}: it belongs to another model")
+
+    return check

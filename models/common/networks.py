@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.keymap import KeyMap, Layout
 from utils.checkpoints.tensor_files import OPENERS, TensorInfo, open_tensor_file
 from utils.checkpoints.weights import WeightSource, check_names
 from utils.errors import UserError, listed
@@ -38,6 +38,16 @@ KNOWN_BY_SIGHT = {
     "down_blocks.": "SDXL",
 }
 """Names that tell whose transformer a file holds, for the message when it is not the one that was asked for."""
+TYPES = {
+    "Wan": "wan",
+    "FLUX.2": "flux2",
+    "FLUX or HunyuanVideo": "flux",
+    "FLUX": "flux",
+    "Stable Diffusion 3": "sd3",
+    "Qwen-Image": "qwen_image",
+    "SDXL": "sdxl",
+}
+"""The ``[model] type`` that trains what was recognised."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,12 @@ class Network:
     """Further names of tied weights: files hold them or not."""
     family: str | None = None
     """``[model] type``, for a transformer: files of other families are told by sight."""
+    in_folder: Layout | None = "diffusers"
+    """Whose names its file in a diffusers folder has; None where that file holds more than what is read of it here."""
+
+    def open(self, path: Path) -> "OpenedNetwork":
+        """See :func:`open_network`."""
+        return open_network(self, path)
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,15 @@ class OpenedNetwork:
         with torch.device("meta"):
             return self.build(self.config)
 
+    def write_config(self, folder: Path, config: Config) -> bool:
+        """Write ``config.json`` as diffusers and transformers read it; False for a network that is only a part of theirs."""
+        with torch.device("meta"):
+            module = self.build(config)
+        write = getattr(module, "save_config", None) or getattr(getattr(module, "config", None), "save_pretrained", None)
+        if write:
+            write(folder)
+        return write is not None
+
 
 def open_network(network: Network, path: Path) -> OpenedNetwork:
     """Read headers and config, and compare every name and shape with the module's.
@@ -83,8 +108,8 @@ def open_network(network: Network, path: Path) -> OpenedNetwork:
     try:
         source = network.source(path, network.key_map())
     except UserError as error:
-        if network.family and (other := _known_at(path)):
-            raise UserError(f"{path} holds {other}, which type = {network.family!r} does not train") from error
+        if network.family and (stranger := stranger_at(path, network.family)):
+            raise StrangerError(stranger) from error
         raise
     try:
         config = network.config(source.names(), _config_beside(path, network.kinds))
@@ -100,10 +125,22 @@ def open_network(network: Network, path: Path) -> OpenedNetwork:
     return opened
 
 
+class StrangerError(UserError):
+    """The weights are of another family's transformer."""
+
+
+def stranger_at(path: Path, family: str) -> str | None:
+    """A sentence on the weights at ``path``, a file or a folder of shards, if they are known by sight to be of another family."""
+    if (name := _known_at(path)) is None or TYPES.get(name) == family:
+        return None
+    advice = f"; that is trained with type = {TYPES[name]!r}" if name in TYPES else ""
+    return f"{path} holds {name}, which type = {family!r} does not train{advice}"
+
+
 def _known_at(path: Path) -> str | None:
     """What the weights at ``path`` are, if they are of a model that is known by sight."""
-    files = sorted(file for file in path.iterdir() if file.suffix in OPENERS) if path.is_dir() else [path]
     try:
+        files = sorted(file for file in path.iterdir() if file.suffix in OPENERS) if path.is_dir() else [path]
         keys = [key.removeprefix("model.diffusion_model.") for file in files for key in open_tensor_file(file).entries]
     except (UserError, OSError):
         return None

@@ -1,6 +1,7 @@
 """FLUX.1: the family's contract."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from models.base import Layout, ModelFamily
 from models.flux import encoders, files, keys, tiny
 from models.flux.layers import flux_layers
-from utils.checkpoints.export import LoraFormat
+from models.flux.networks import FILE_FACTS
+from utils.checkpoints.adapter_format import LoraFormat
 from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.weights import WeightSource
 from utils.config.schema import FilePath, ModelOptions
 from utils.data.encoders import ConditionEncoder
-from utils.data.values import Batch, MicroBatch, SizeRules
+from utils.data.values import Batch, ControlRules, MicroBatch, SizeRules
 from utils.diffusion.paths import flow_path
 from utils.diffusion.timesteps import resolution_shift
 from utils.draw import Draw
@@ -31,6 +34,13 @@ ARCHITECTURES = {
     "flux1-dev": "flux-1-dev",
     "flux1-schnell": "flux-1-schnell",
     "flux1-kontext": "flux-1-kontext-dev",
+}
+
+
+CONTROLS = {
+    "flux1-dev": ControlRules(0, 0, 'train Kontext (model.variant = "kontext")'),
+    "flux1-schnell": ControlRules(0, 0),
+    "flux1-kontext": ControlRules(1, None, 'train dev (model.variant = "dev")'),
 }
 
 
@@ -53,6 +63,15 @@ class Family(ModelFamily):
 
     Options: ClassVar[type[ModelOptions]] = FluxOptions
     variants: ClassVar[tuple[str, ...]] = tiny.VARIANTS
+    parts: ClassVar[Mapping[str, str]] = {
+        "attention": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out|norm_[qk])",
+        "feed_forward": r"transformer_blocks\.\d+\.ff",
+        "text_branch": r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])|ff_context)",
+        "single_blocks": r"single_transformer_blocks\.\d+\.(attn|proj_mlp|proj_out)",
+        "modulation": r"transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm",
+        "embedders": r"x_embedder|context_embedder|time_text_embed",
+        "output": r"norm_out|proj_out",
+    }
     # Every Linear of a block but the modulations; not the embedders and not the head.
     adapter_targets: ClassVar[str] = (
         r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -61,6 +80,7 @@ class Family(ModelFamily):
     )
     # ComfyUI and diffusers read these names; diffusers takes released names after `diffusion_model.` and then loads nothing.
     lora_format: ClassVar[LoraFormat] = LoraFormat(prefix="transformer.", names="diffusers")
+    file_facts: ClassVar[FileFacts] = FILE_FACTS
 
     def __init__(self, options: FluxOptions):
         self.options = options
@@ -68,6 +88,7 @@ class Family(ModelFamily):
         self.config = self.files.transformer.config
         self.variant = self.files.variant
         self.size_rules = SizeRules(multiple=16, frame_step=None, fps=None)
+        self.controls = CONTROLS[self.variant]
         if not self.has_guidance and "guidance" in options.model_fields_set:
             log.warning("model.guidance has no effect: schnell is not given a guidance value")
 

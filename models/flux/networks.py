@@ -5,10 +5,11 @@ from typing import Any
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from models.common.clip import clip_text_network
-from models.common.kl_vae import kl_vae_key_map, kl_vae_sizes
+from models.common.kl_vae import kl_vae_key_map, kl_vae_sizes, refuse_other_scale
 from models.common.networks import Config, Names, Network
 from models.common.t5 import t5_network
 from models.flux.keys import flux_key_map
+from utils.checkpoints.recognise import FileFacts
 from utils.errors import UserError, listed
 
 LATENT_CHANNELS = 16
@@ -82,6 +83,7 @@ NETWORKS = {
         config=_vae_config,
         build=AutoencoderKL.from_config,
         width=lambda config: config["latent_channels"],
+        accept=refuse_other_scale("FLUX.1", VAE_SCALE),
     ),
     "text_encoder": clip_text_network(
         "CLIP-L text encoder",
@@ -92,3 +94,10 @@ NETWORKS = {
     "text_encoder_2": t5_network(prefixes=("text_encoders.t5xxl.transformer.",)),
 }
 """By the names of diffusers' folders."""
+
+FILE_FACTS = FileFacts(
+    networks=NETWORKS,
+    architecture=r"flux[-.]?1",
+    key_map=lambda shapes: flux_key_map(),
+    sizes={(19, 3072): "dev, schnell or Kontext"},
+)

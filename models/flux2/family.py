@@ -1,6 +1,7 @@
 """FLUX.2 dev and Klein: the family's contract."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from models.base import Layout, ModelFamily
 from models.flux2 import encoders, files, keys, networks, tiny
 from models.flux2.layers import flux2_layers
-from utils.checkpoints.export import LoraFormat
+from models.flux2.networks import FILE_FACTS
+from utils.checkpoints.adapter_format import LoraFormat
 from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.weights import WeightSource
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
-from utils.data.values import Batch, MicroBatch, SizeRules
+from utils.data.values import Batch, ControlRules, MicroBatch, SizeRules
 from utils.diffusion.paths import flow_path
 from utils.diffusion.timesteps import resolution_shift
 from utils.draw import Draw
@@ -27,6 +30,8 @@ from utils.runtime import DTYPES
 
 log = logging.getLogger(__name__)
 
+MOST_REFERENCES = 10
+"""Pictures that the release takes to edit."""
 KLEIN_SIZES = {24: "-4b", 32: "-9b"}
 """By the number of heads."""
 
@@ -46,6 +51,15 @@ class Family(ModelFamily):
 
     Options: ClassVar[type[ModelOptions]] = Flux2Options
     variants: ClassVar[tuple[str, ...]] = tiny.VARIANTS
+    parts: ClassVar[Mapping[str, str]] = {
+        "attention": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out|norm_[qk])",
+        "feed_forward": r"transformer_blocks\.\d+\.ff",
+        "text_branch": r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])|ff_context)",
+        "single_blocks": r"single_transformer_blocks\.\d+",
+        "modulation": r"(double|single)_stream_modulation.*",
+        "embedders": r"x_embedder|context_embedder|time_guidance_embed",
+        "output": r"norm_out|proj_out",
+    }
     # Every Linear of the blocks; not the embedders, the shared modulation and the head.
     adapter_targets: ClassVar[str] = (
         r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -54,6 +68,7 @@ class Family(ModelFamily):
     )
     # ComfyUI reads the release's names alone; diffusers reads them too, but refuses `.alpha` beside them.
     lora_format: ClassVar[LoraFormat] = LoraFormat(prefix="diffusion_model.", names="released")
+    file_facts: ClassVar[FileFacts] = FILE_FACTS
 
     def __init__(self, options: Flux2Options):
         self.options = options
@@ -61,6 +76,7 @@ class Family(ModelFamily):
         self.config = self.files.config
         self.variant = networks.variant_of(self.config)
         self.size_rules = SizeRules(multiple=16, frame_step=None, fps=None)
+        self.controls = ControlRules(0, MOST_REFERENCES)
         if not self.takes_guidance and "guidance" in options.model_fields_set:
             log.warning("model.guidance has no effect: FLUX.2 Klein is told no guidance")
 

@@ -9,6 +9,7 @@ from models.common.networks import Config, Network
 from models.flux2.encoder_keys import BATCH_COUNT, decoder_key_map, vae_key_map
 from models.flux2.keys import flux2_key_map
 from models.flux2.sizes import HIDDEN_STATES, decoder_kind, text_encoder_config, text_width, transformer_config, vae_config
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.tensor_files import TensorInfo
 from utils.checkpoints.weights import WeightSource
 
@@ -80,5 +81,14 @@ NETWORKS = {
         build=_build_text_encoder,
         width=text_width,
         source=DecoderWeights,
+        in_folder=None,
     ),
 }
+
+FILE_FACTS = FileFacts(
+    networks=NETWORKS,
+    architecture=r"flux[-.]?2",
+    key_map=lambda shapes: flux2_key_map(),
+    sizes={(8, 6144): "dev", (5, 3072): "Klein 4B", (8, 4096): "Klein 9B"},
+    diffusers_kinds=frozenset(("lora", "dora", "lokr")),
+)

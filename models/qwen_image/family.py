@@ -13,12 +13,14 @@ from models.base import Layout, ModelFamily
 from models.common.tokens import SIDE, pack
 from models.qwen_image import encoders, files, keys, tiny
 from models.qwen_image.layers import qwen_layers
-from utils.checkpoints.export import LoraFormat
+from models.qwen_image.networks import FILE_FACTS
+from utils.checkpoints.adapter_format import LoraFormat
 from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.weights import WeightSource
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
-from utils.data.values import Batch, MicroBatch, SizeRules
+from utils.data.values import Batch, ControlRules, MicroBatch, SizeRules
 from utils.diffusion.paths import flow_path
 from utils.diffusion.timesteps import resolution_shift
 from utils.draw import Draw
@@ -28,6 +30,17 @@ from utils.runtime import DTYPES
 
 SHIFT_POINTS = {"low": (256, 0.5), "high": (8192, 0.9)}
 """(tokens, mu) of the release's scheduler: the shift is exp(mu)."""
+
+
+EDITING = f"train an editing model (model.variant = {files.EDIT!r}, {files.EDIT_PLUS!r} or {files.EDIT_2511!r})"
+PLAIN = f"train Qwen-Image itself (model.variant = {files.IMAGE!r})"
+SEVERAL = f"train a model that takes several (model.variant = {files.EDIT_PLUS!r} or {files.EDIT_2511!r}), or {PLAIN}"
+CONTROLS = {
+    files.IMAGE: ControlRules(0, 0, EDITING),
+    files.EDIT: ControlRules(1, 1, SEVERAL),
+    files.EDIT_PLUS: ControlRules(1, None, PLAIN),
+    files.EDIT_2511: ControlRules(1, None, PLAIN),
+}
 
 
 class QwenImageOptions(ModelOptions):
@@ -44,6 +57,14 @@ class Family(ModelFamily):
 
     Options: ClassVar[type[ModelOptions]] = QwenImageOptions
     variants: ClassVar[tuple[str, ...]] = files.VARIANTS
+    parts: ClassVar[Mapping[str, str]] = {
+        "attention": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out|norm_[qk])",
+        "feed_forward": r"transformer_blocks\.\d+\.img_mlp",
+        "text_branch": r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])|txt_mlp)",
+        "modulation": r"transformer_blocks\.\d+\.(img|txt)_mod",
+        "embedders": r"img_in|txt_in|txt_norm|time_text_embed",
+        "output": r"norm_out|proj_out",
+    }
     # Every Linear of a block but the modulation; not the embedders and not the head.
     adapter_targets: ClassVar[str] = (
         r"transformer_blocks\.\d+\."
@@ -51,11 +72,13 @@ class Family(ModelFamily):
     )
     # The names are those of diffusers; this prefix is the one that both it and ComfyUI take.
     lora_format: ClassVar[LoraFormat] = LoraFormat(prefix="diffusion_model.", names="released")
+    file_facts: ClassVar[FileFacts] = FILE_FACTS
 
     def __init__(self, options: QwenImageOptions):
         self.options = options
         self.files = files.find_files(options, options.variant)
         self.config, self.variant = self.files.config, self.files.variant
+        self.controls = CONTROLS[self.variant]
         # 32, not 16: for an odd number of tokens a side, diffusers and ComfyUI count the rows from different middles.
         self.size_rules = SizeRules(multiple=32, frame_step=None, fps=None)
 

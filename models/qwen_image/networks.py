@@ -1,14 +1,19 @@
 """Qwen-Image's three networks."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from models.common.networks import Config, Network
 from models.common.wan_vae import vae_key_map
-from models.qwen_image.keys import qwen_key_map, text_key_map
+from models.qwen_image.keys import EDIT_2511_MARK, qwen_key_map, text_key_map
 from models.qwen_image.sizes import text_encoder_config, transformer_config, vae_config
+from utils.checkpoints.recognise import FileFacts
 
 
 def build_text_encoder(config: Config) -> nn.ModuleDict:
@@ -45,5 +50,20 @@ NETWORKS = {
         config=text_encoder_config,
         build=build_text_encoder,
         width=lambda config: config["text_config"]["hidden_size"],
+        in_folder="released",
     ),
 }
+
+
+def _marks(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {EDIT_2511_MARK: torch.zeros(0)} if config["zero_cond_t"] else {}
+
+
+FILE_FACTS = FileFacts(
+    networks=NETWORKS,
+    architecture=r"qwen",
+    key_map=lambda shapes: qwen_key_map(),
+    sizes={(60, 3072): "Qwen-Image"},
+    marks=_marks,
+    with_marks=lambda marks, config: {**config, "zero_cond_t": config["zero_cond_t"] or EDIT_2511_MARK in marks},
+)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from models.base import Layout, ModelFamily
 from models.sd3 import encoders, files, keys, tiny
 from models.sd3.layers import sd3_layers
+from models.sd3.networks import FILE_FACTS
 from models.sd3.options import Sd3Options
 from models.sd3.sizes import variant_of
-from utils.checkpoints.export import LoraFormat
+from utils.checkpoints.adapter_format import LoraFormat
 from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.weights import WeightSource
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
@@ -41,6 +43,14 @@ class Family(ModelFamily):
 
     Options: ClassVar[type[Sd3Options]] = Sd3Options
     variants: ClassVar[tuple[str, ...]] = tiny.VARIANTS
+    parts: ClassVar[Mapping[str, str]] = {
+        "attention": r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)",
+        "feed_forward": r"transformer_blocks\.\d+\.ff",
+        "text_branch": r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])|ff_context)",
+        "modulation": r"transformer_blocks\.\d+\.norm1(_context)?",
+        "embedders": r"pos_embed|context_embedder|time_text_embed",
+        "output": r"norm_out|proj_out",
+    }
     # Every Linear of a block but the modulation; of the second attention too.
     adapter_targets: ClassVar[str] = (
         r"transformer_blocks\.\d+\.(attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -48,6 +58,7 @@ class Family(ModelFamily):
     )
     # Diffusers loads nothing else, and ComfyUI reads it too.  Diffusers ignores `.alpha` here.
     lora_format: ClassVar[LoraFormat] = LoraFormat(prefix="transformer.", names="diffusers")
+    file_facts: ClassVar[FileFacts] = FILE_FACTS
 
     def __init__(self, options: Sd3Options):
         self.options = options

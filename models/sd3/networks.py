@@ -1,17 +1,19 @@
 """SD3's five networks."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from models.common.clip import clip_text_network
-from models.common.kl_vae import kl_vae_key_map
+from models.common.kl_vae import kl_vae_key_map, refuse_other_scale
 from models.common.networks import Network
 from models.common.t5 import t5_network
 from models.sd3.keys import sd3_key_map
-from models.sd3.sizes import block_numbers, check_vae, transformer_config, vae_config
+from models.sd3.sizes import LATENT_SCALE, block_numbers, transformer_config, vae_config
 from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.recognise import FileFacts, Shapes
 from utils.checkpoints.weights import WeightSource
 
 
@@ -40,7 +42,7 @@ NETWORKS = {
         config=vae_config,
         build=AutoencoderKL.from_config,
         width=lambda config: config["latent_channels"],
-        accept=check_vae,
+        accept=refuse_other_scale("SD3", LATENT_SCALE),
     ),
     # The release takes CLIP-L's pooled state without a projection.  Diffusers' folders hold the identity as its projection,
     # ComfyUI's files none; the one that some files of CLIP-L bring along is OpenAI's, and ComfyUI does not use it here either.
@@ -52,3 +54,26 @@ NETWORKS = {
     ),
     "text_encoder_3": t5_network(prefixes=("text_encoders.t5xxl.transformer.",)),
 }
+
+LAST_NORM = re.compile(
+    r".*(?:joint|transformer)_blocks[._](\d+)[._](?:context_block[._]adaLN_modulation[._]1|norm1_context[._]linear)\.weight"
+)
+
+
+def key_map_of(shapes: Shapes) -> KeyMap:
+    """The table of the model that a file's weights are of.
+
+    The last block's text norm has a scale and a shift, the others' six such parts: so its shape tells which block is the last.
+    Files without it need no number.
+    """
+    norms = {key: match for key in shapes if (match := LAST_NORM.fullmatch(key))}
+    last = next((int(match[1]) for key, match in norms.items() if shapes[key][0] == 2 * shapes[key][1]), -1)
+    return sd3_key_map(last + 1)
+
+
+FILE_FACTS = FileFacts(
+    networks=NETWORKS,
+    architecture=r"stable-diffusion-3|sd3",
+    key_map=key_map_of,
+    sizes={(24, 1536): "medium or 3.5 medium", (38, 2432): "3.5 large"},
+)

@@ -66,10 +66,3 @@ def variant_of(config: Config) -> str:
 def vae_config(names: Names, given: Config | None) -> Config:
     """The arguments of diffusers' AutoencoderKL."""
     return {**LATENT_SCALE, **kl_vae_sizes(names, given)}
-
-
-def check_vae(config: Config) -> None:
-    """UserError for FLUX.1's VAE, which has the same shapes and another scale."""
-    told = {name: config[name] for name in LATENT_SCALE}
-    if told != LATENT_SCALE:
-        raise UserError(f"its config.json says {told}, SD3's VAE has {LATENT_SCALE}: it belongs to another model")

@@ -2,14 +2,17 @@
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.sdxl.files import SdxlFiles
-from models.sdxl.keys import MARKERS
+from models.sdxl.files import SdxlFiles, read_training
+from models.sdxl.keys import MARKERS, model_key_map
 from models.sdxl.networks import NETWORKS, PREFIXES
 from utils.checkpoints.export import ReleasedTensors
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.weights import WeightSource
 
 
@@ -35,6 +38,25 @@ def companions(files: SdxlFiles, *, v_prediction: bool, zero_snr: bool) -> Mappi
         ReleasedTensors(WeightsOnDisk(getattr(files, name).source), NETWORKS[name].key_map(), None, PREFIXES[name])
         for name in ("vae", "text_encoder", "text_encoder_2")
     ]
+    return ChainMap(*parts, markers(v_prediction, zero_snr))
+
+
+def markers(v_prediction: bool, zero_snr: bool) -> dict[str, Tensor]:
+    """What tells ComfyUI of velocity prediction.  They hold nothing: that they are there is what counts."""
     marked = {"v_pred": v_prediction, "ztsnr": v_prediction and zero_snr}
-    # They hold nothing: that they are there is what counts.
-    return ChainMap(*parts, {name: torch.zeros(0) for name in MARKERS if marked[name]})
+    return {name: torch.zeros(0) for name in MARKERS if marked[name]}
+
+
+def _marks(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    prediction, zero_snr, _ = read_training(path)
+    return markers(prediction == "v_prediction", bool(zero_snr))
+
+
+FILE_FACTS = FileFacts(
+    networks=NETWORKS,
+    architecture=r"stable-diffusion-xl|sdxl",
+    key_map=lambda shapes: model_key_map(),
+    sizes={},
+    folder="unet",
+    marks=_marks,
+)

@@ -9,28 +9,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from models.common.clip import TOKENS, ClipTextEncoder
+from models.common.clip import ClipTextEncoder
 from models.common.kl_encoders import KlVaeEncoder
 from models.common.latent_encoders import FrozenEncoder
 from models.sdxl.files import SdxlFiles
 from models.sdxl.options import SdxlOptions
+from models.sdxl.text_encoders import TEXT_ENCODERS, trained_text_encoders
+from models.sdxl.tokens import CHUNK, TokenEncoder, token_rows
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.media import covering
 from utils.runtime import DTYPES
 
-CHUNK = TOKENS - 2
-"""Tokens of a caption that go into CLIP at a time, between the start and the end token."""
-
 
 def sdxl_encoders(files: SdxlFiles, options: SdxlOptions) -> list[ConditionEncoder]:
-    """The encoders, unloaded."""
-    dtype = DTYPES[options.dtype]
-    told = {"chunks": options.max_prompt_chunks, "clip_skip": options.clip_skip}
-    return [
-        SdxlVaeEncoder(files.vae, torch.float32),
-        ClipLEncoder(files.text_encoder, files.tokenizer, dtype, "end", **told),
-        ClipGEncoder(files.text_encoder_2, files.tokenizer, dtype, "zero", **told),
-    ]
+    """The encoders, unloaded.  Of a text encoder that is trained the token ids are cached."""
+    encoders: list[ConditionEncoder] = [SdxlVaeEncoder(files.vae, torch.float32)]
+    trained, dtype, chunks = trained_text_encoders(options), DTYPES[options.dtype], options.max_prompt_chunks
+    for name, kind in FROZEN.items():
+        if name not in trained:
+            arguments = (getattr(files, name), files.tokenizer, dtype, TEXT_ENCODERS[name].pad)
+            encoders.append(kind(*arguments, chunks=chunks, clip_skip=options.clip_skip))
+    if trained:
+        vocabulary = min(getattr(files, name).config["vocab_size"] for name in trained)
+        pads = {TEXT_ENCODERS[name].tower: TEXT_ENCODERS[name].pad for name in trained}
+        encoders.append(TokenEncoder(files.tokenizer, vocabulary, pads=pads, chunks=chunks))
+    return encoders
 
 
 class SdxlVaeEncoder(KlVaeEncoder):
@@ -53,10 +56,9 @@ def time_ids(item: EncodeItem) -> Tensor:
 
 
 class ChunkedClipEncoder(ClipTextEncoder):
-    """A caption to states [77 n, width] of n chunks, each with a start and an end token of its own, padded to 77.
+    """A caption to states [77 n, width] of n chunks of 75 tokens (see ``tokens.py``).
 
-    As ComfyUI and sd-scripts do it; with one chunk it is what diffusers does.  The states are those of the last but one layer,
-    without the final norm; ``clip_skip`` leaves out more.
+    The states are those of the last but one layer, without the final norm; ``clip_skip`` leaves out more.
     """
 
     field: ClassVar[str]
@@ -85,11 +87,7 @@ class ChunkedClipEncoder(ClipTextEncoder):
 
     def token_ids(self, caption: str) -> Tensor:
         """[n, 77] int64."""
-        start, *ids, end = self._tokenize(caption)
-        padding = end if self.pad == "end" else 0
-        chunks = [ids[place : place + CHUNK] for place in range(0, max(len(ids), 1), CHUNK)]
-        rows = [[start, *chunk, end, *[padding] * (CHUNK - len(chunk))] for chunk in chunks]
-        return torch.tensor(rows, device=self.device)
+        return token_rows(self._tokenize, caption, self.pad).to(self.device)
 
 
 class ClipLEncoder(ChunkedClipEncoder):
@@ -105,3 +103,6 @@ class ClipGEncoder(ChunkedClipEncoder):
     name = "clip_g"
     field = "text_g"
     gives_pooled = True
+
+
+FROZEN: dict[str, type[ChunkedClipEncoder]] = {"text_encoder": ClipLEncoder, "text_encoder_2": ClipGEncoder}

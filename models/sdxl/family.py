@@ -1,8 +1,7 @@
 """Stable Diffusion XL: the family's contract."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -12,13 +11,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from models.base import Layout, ModelFamily
-from models.sdxl import encoders, files, keys, tiny
-from models.sdxl.checkpoint import companions
+from models.sdxl import encoders, files, keys, text_encoders, tiny
+from models.sdxl.checkpoint import FILE_FACTS, companions
 from models.sdxl.layers import sdxl_layers
 from models.sdxl.options import Prediction, SdxlOptions
-from utils.checkpoints.export import LoraFormat
+from utils.checkpoints.adapter_files import AdapterFile
+from utils.checkpoints.adapter_format import LoraFormat
 from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.weights import WeightSource
+from utils.checkpoints.recognise import FileFacts
+from utils.checkpoints.weights import NamedWeights
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
@@ -31,6 +32,8 @@ from utils.runtime import DTYPES
 
 log = logging.getLogger(__name__)
 
+KOHYA = {"down": "lora_down", "up": "lora_up", "separator": "_", "writes_alpha": True}
+"""How kohya's trainer spells the keys of a LoRA."""
 BETA_START, BETA_END = 0.00085, 0.012
 """Of the released schedule (``sd_xl_base.yaml``: LegacyDDPMDiscretization)."""
 
@@ -40,16 +43,29 @@ class Family(ModelFamily):
 
     Options: ClassVar[type[ModelOptions]] = SdxlOptions
     variants: ClassVar[tuple[str, ...]] = tiny.VARIANTS
-    # Every Linear around and in the attention; not the convolutions, which target_modules can name.
+    parts: ClassVar[Mapping[str, str]] = {
+        "unet": r"(?!text_encoder).+",
+        "text_encoder_1": r"text_encoder",
+        "text_encoder_2": r"text_encoder_2",
+    }
+    # Every Linear around and in the attention, and of the blocks of text encoders that are trained; not the convolutions, which
+    # target_modules can name.
     adapter_targets: ClassVar[str] = (
         r".*\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
         r"(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))"
+        r"|text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
     )
     # kohya's names with the release's block numbers, which is what all programs write and read for SDXL.
     lora_format: ClassVar[LoraFormat] = LoraFormat(
-        prefix="lora_unet_", names="released", down="lora_down", up="lora_up", separator="_", writes_alpha=True
+        prefix="lora_unet_",
+        names="released",
+        **KOHYA,
+        others={
+            "text_encoder.": LoraFormat(prefix="lora_te1_", names="diffusers", **KOHYA),
+            "text_encoder_2.": LoraFormat(prefix="lora_te2_", names="diffusers", **KOHYA),
+        },
     )
-    full_prefix: ClassVar[str] = keys.UNET_PREFIX
+    file_facts: ClassVar[FileFacts] = FILE_FACTS
 
     def __init__(self, options: SdxlOptions):
         self.options = options
@@ -59,10 +75,15 @@ class Family(ModelFamily):
         self.size_rules = SizeRules(multiple=32, frame_step=None, fps=None)
         self.prediction, self.zero_terminal_snr = _training(options, self.files)
         log.info("SDXL: prediction %s%s", self.prediction, ", zero terminal SNR" if self.zero_terminal_snr else "")
+        for number, name in enumerate(text_encoders.TEXT_ENCODERS, start=1):
+            if name not in text_encoders.trained_text_encoders(options):
+                log.info("SDXL: text encoder %d is frozen; model.text_encoder_%d_lr trains it", number, number)
         schedule = DiscreteSchedule.scaled_linear(BETA_START, BETA_END)
         self.schedule = schedule.with_zero_terminal_snr() if self.zero_terminal_snr else schedule
         self.timesteps = self.timestep_distribution(shift=1.0)
         self.weigh = _weighting(options, self.prediction)
+        for name in text_encoders.TEXT_ENCODERS:
+            text_encoders.blocks_used(getattr(self.files, name), options)
 
     def encoders(self) -> list[ConditionEncoder]:
         return encoders.sdxl_encoders(self.files, self.options)
@@ -70,21 +91,30 @@ class Family(ModelFamily):
     def build_transformer(self) -> nn.Module:
         dtype = DTYPES[self.options.transformer_dtype or self.options.dtype]
         transformer = UNet2DConditionModel.from_config(self.config)
+        text_encoders.join_text_encoders(transformer, self.files, self.options)
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         return transformer
 
-    def weights(self) -> WeightSource:
-        return self.files.transformer.source
+    def weights(self) -> NamedWeights:
+        return text_encoders.trained_weights(self.files, self.options)
+
+    def adaptable_weights(self) -> NamedWeights:
+        return text_encoders.all_weights(self.files)
+
+    def take_merged(self, weights: NamedWeights, merged: Sequence[tuple[AdapterFile, float]]) -> None:
+        self.files = text_encoders.with_merged(self.files, weights, merged)
 
     def layers(self, transformer: nn.Module) -> list[PipelineLayer]:
-        return sdxl_layers(transformer)
+        return [*text_encoders.text_encoder_layers(transformer, self.files, self.options), *sdxl_layers(transformer)]
 
     def prepare_inputs(self, batch: Batch, draw: Draw) -> MicroBatch:
-        """Stream for the embed layer (see ``layers.py``) and the target: ``velocity`` [B, 4, h, w] fp32, and ``weights`` [B] if the
-        options ask for them.  For epsilon the noise stands in the place of the velocity.
+        """Stream for the first layer (see ``layers.py``, and ``text_encoders.py`` if they are trained) and the target.
+
+        The target is ``velocity`` [B, 4, h, w] fp32, and ``weights`` [B] if the options ask for them.  For epsilon the noise stands
+        in the place of the velocity.
         """
-        inputs: dict[str, list[Tensor]] = {"x": [], "t": [], "text": [], "pooled": [], "time_ids": []}
+        inputs: dict[str, list[Tensor]] = {"x": [], "t": [], "time_ids": []}
         targets, weights = [], []
         for index, key in enumerate(batch.keys):
             sample = {name: values[index] for name, values in batch.fields.items()}
@@ -96,14 +126,9 @@ class Family(ModelFamily):
             weights.append(self.weigh(self.schedule.snr(step)) if self.weigh else 1.0)
             inputs["x"].append(path.noisy)
             inputs["t"].append(torch.tensor(step))
-            inputs["text"].append(torch.cat([sample["text_l"], sample["text_g"]], dim=-1))
-            inputs["pooled"].append(sample["pooled"])
             inputs["time_ids"].append(sample["time_ids"])
-        # Attention to a text that is there several times is attention to the text.
-        tokens = math.lcm(*(len(text) for text in inputs["text"]))
-        inputs["text"] = [text.repeat(tokens // len(text), 1) for text in inputs["text"]]
         return MicroBatch(
-            inputs={name: torch.stack(values) for name, values in inputs.items()},
+            inputs={name: torch.stack(values) for name, values in inputs.items()} | text_encoders.text_inputs(batch.fields),
             target={"velocity": torch.stack(targets), **({"weights": torch.tensor(weights)} if self.weigh else {})},
         )
 
@@ -114,7 +139,15 @@ class Family(ModelFamily):
         return noise + offset * draw.normal(key, "noise_offset", (len(latents), 1, 1)) if offset else noise
 
     def key_map(self) -> KeyMap:
-        return keys.unet_key_map()
+        return keys.model_key_map()
+
+    def full_key_map(self) -> KeyMap:
+        return keys.model_key_map(keys.UNET_PREFIX)
+
+    @classmethod
+    def part_lr(cls, options: SdxlOptions) -> Mapping[str, float]:
+        rates = {"unet": options.unet_lr, "text_encoder_1": options.text_encoder_1_lr, "text_encoder_2": options.text_encoder_2_lr}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     def companions(self) -> Mapping[str, Tensor]:
         """The other three networks, as the release's one file has them, and the markers of velocity prediction."""

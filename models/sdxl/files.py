@@ -92,7 +92,7 @@ def find_files(options: SdxlOptions) -> SdxlFiles:
     tokenizer = search.tokenizer(TOKENIZER_FOLDERS, TOKENIZER_SOURCE, names=CLIP_NAMES)
     prediction, zero_terminal_snr = None, None
     if transformer:
-        prediction, zero_terminal_snr, problem = _training(search.found["transformer"])
+        prediction, zero_terminal_snr, problem = read_training(search.found["transformer"])
         search.problems += [problem] if problem else []
     search.finish()
     if options.image_encoder_path:
@@ -100,7 +100,7 @@ def find_files(options: SdxlOptions) -> SdxlFiles:
     return SdxlFiles(transformer, vae, clip_l, clip_g, tokenizer, prediction, zero_terminal_snr)
 
 
-def _training(transformer: Path) -> tuple[Prediction | None, bool | None, str | None]:
+def read_training(transformer: Path) -> tuple[Prediction | None, bool | None, str | None]:
     """What the model predicts and whether its schedule ends in pure noise, as far as its files say; and what cannot be trained."""
     if transformer.is_file():
         keys = open_tensor_file(transformer).entries

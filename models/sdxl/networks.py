@@ -7,15 +7,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from models.common.clip import clip_text_network
 from models.common.kl_vae import kl_vae_key_map
 from models.common.networks import Config, Network
-from models.sdxl.keys import open_clip_key_map, unet_key_map
+from models.sdxl.keys import TEXT_ENCODER_PREFIXES, UNET_PREFIX, open_clip_key_map, unet_key_map
 from models.sdxl.sizes import unet_config, vae_config
 from utils.errors import UserError
 
 PREFIXES = {
-    "transformer": "model.diffusion_model.",
+    "transformer": UNET_PREFIX,
     "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
+    **TEXT_ENCODER_PREFIXES,
 }
 """Where each network is in a checkpoint of the whole model."""
 LATENT_CHANNELS = 4

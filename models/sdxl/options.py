@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from utils.config.schema import FilePath, ModelOptions
 
 Prediction = Literal["epsilon", "v_prediction"]
+LearningRate = Annotated[float, Field(ge=0)]
 
 
 class SdxlOptions(ModelOptions):
@@ -16,6 +17,12 @@ class SdxlOptions(ModelOptions):
     """The model's one checkpoint file, a diffusers folder, or a folder of ComfyUI files."""
     text_encoder_2_path: FilePath | None = None
     """CLIP-G alone (`clip_g.safetensors`, or a folder). `text_encoder_path` is CLIP-L."""
+    unet_lr: LearningRate | None = None
+    """Learning rate of the UNet; 0: it is frozen. Default: `[optimizer] lr`."""
+    text_encoder_1_lr: LearningRate | None = None
+    """Learning rate of CLIP-L. With a rate above 0 it is trained; without one, or with 0, it is frozen and its output cached."""
+    text_encoder_2_lr: LearningRate | None = None
+    """Learning rate of CLIP-G, in the same way."""
     timestep_sample_method: Literal["logit_normal", "uniform", "mode", "cosmap"] = "uniform"
     """How timesteps are drawn; SDXL was trained with `uniform`."""
     prediction: Prediction | None = None

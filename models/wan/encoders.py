@@ -143,6 +143,7 @@ class WanImageEncoder(FrozenEncoder):
     def __init__(self, opened: OpenedNetwork, processor: dict[str, Any], dtype: torch.dtype, condition: Condition):
         super().__init__(opened.source, opened.on_meta, dtype)
         self.config, self.condition = opened.config, condition
+        self.max_frames = 1 if condition == "first" else None
         self.processor = CLIPImageProcessorPil.from_dict(processor)
 
     def settings(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Only headers are read here.  All that is missing or does not fit is reported tog
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from models.common.networks import open_network
 from models.common.text_encoders import TokenizerFile
 from models.wan.networks import NETWORKS
 from models.wan.options import WanOptions
-from models.wan.variants import VARIANTS, Expert, expert_named, variant_of
+from models.wan.variants import VARIANTS, Expert, Trained, expert_named, variant_of
 
 __all__ = ["WanFiles", "find_files", "transformer_config", "variant_of"]
 
@@ -92,6 +93,9 @@ class WanFiles:
     """What was found: files of weights, or folders of them."""
 
     transformer: Path
+    """Of Wan 2.2 A14B the one for high noise, or the only one that is trained."""
+    transformer_2: Path | None
+    """The one for low noise, if both are trained."""
     vae: Path
     text_encoder: Path
     tokenizer: TokenizerFile
@@ -99,23 +103,28 @@ class WanFiles:
     """Only for Wan 2.1 image to video."""
     image_processor: Path | None
     """The image encoder's ``preprocessor_config.json``, if the layout has one."""
-    expert: Expert | None
-    """Which of the two transformers of Wan 2.2 A14B was found."""
+    expert: Trained | None
+    """Which of the two transformers of Wan 2.2 A14B are trained."""
 
 
 def find_files(options: WanOptions) -> WanFiles:
     """The parts that ``[model]`` names.  UserError with every part that is missing, ambiguous, damaged or does not fit."""
     expert = _expert(options)
+    parts = _parts(options, expert)
     networks, places = dict(NETWORKS), dict(PLACES)
-    if expert:
-        networks["transformer"] = replace(NETWORKS["transformer"], title=f"Wan transformer for {expert} noise")
-        everywhere = (*EXPERT_FOLDERS, *PLACES["transformer"])
-        places["transformer"] = tuple(ExpertPlace(place.pattern, place.as_folder, expert) for place in everywhere)
+    for part, role in parts.items():
+        if role:
+            networks[part] = replace(NETWORKS["transformer"], title=f"Wan transformer for {role} noise")
+            everywhere = (*EXPERT_FOLDERS, *PLACES["transformer"])
+            places[part] = tuple(ExpertPlace(place.pattern, place.as_folder, role) for place in everywhere)
     search = FileSearch(options, networks, places)
-    transformer = search.part("transformer")
+    opened = {part: search.part(part) for part in parts}
+    transformer = next(iter(opened.values()))
     config = transformer.config if transformer else {}
     if transformer:
-        search.problems += _misplaced(options, config, expert)
+        search.problems += _misplaced(options, config, expert, parts)
+    if all(opened.values()):
+        search.problems += _different(*(found.config for found in opened.values()))
     search.part("vae", config.get("out_channels"))
     search.part("text_encoder", config.get("text_dim"))
     if config.get("image_dim"):
@@ -127,7 +136,8 @@ def find_files(options: WanOptions) -> WanFiles:
     assert tokenizer is not None
     processor = options.path / "image_processor/preprocessor_config.json" if options.path else None
     return WanFiles(
-        transformer=search.found["transformer"],
+        transformer=search.found[next(iter(parts))],
+        transformer_2=search.found["transformer_2"] if len(parts) > 1 else None,
         vae=search.found["vae"],
         text_encoder=search.found["text_encoder"],
         tokenizer=tokenizer,
@@ -137,20 +147,25 @@ def find_files(options: WanOptions) -> WanFiles:
     )
 
 
-def _expert(options: WanOptions) -> Expert | None:
-    """Which expert of Wan 2.2 A14B is meant; None if nothing speaks of experts."""
+def _expert(options: WanOptions) -> Trained | None:
+    """Which experts of Wan 2.2 A14B are meant; None if nothing speaks of experts."""
     if options.expert:
         return options.expert
+    if options.transformer_2_path:
+        return "both"
     if options.transformer_path:
         return expert_named(options.transformer_path)
     experts = _experts_in(options.path)
-    if experts == {"high", "low"}:
-        log.warning(
-            "%s holds both transformers of Wan 2.2 A14B; this run trains the one for high noise; "
-            "model.expert = 'low' trains the other",
-            options.path,
-        )
-    return min(experts, default=None)  # "high" comes first
+    return "both" if len(experts) > 1 else next(iter(experts), None)
+
+
+def _parts(options: WanOptions, expert: Trained | None) -> dict[str, Expert | None]:
+    """The transformers to look for, each the name of its part and which expert it is."""
+    if expert == "both":
+        return {"transformer": "high", "transformer_2": "low"}
+    if expert == "low" and options.transformer_2_path:
+        return {"transformer_2": "low"}
+    return {"transformer": expert}
 
 
 def _experts_in(root: Path | None) -> set[Expert]:
@@ -161,16 +176,27 @@ def _experts_in(root: Path | None) -> set[Expert]:
     return set() if None in named else named
 
 
-def _misplaced(options: WanOptions, config: dict[str, Any], expert: Expert | None) -> list[str]:
+def _misplaced(
+    options: WanOptions, config: dict[str, Any], expert: Trained | None, parts: Mapping[str, Expert | None]
+) -> list[str]:
     """Keys that do not fit the transformer that was found."""
     variant = VARIANTS[variant_of(config, expert)]
-    named = options.transformer_path and expert_named(options.transformer_path)
-    given = f"model.expert = {options.expert!r}"
     problems = []
-    if options.expert and variant.boundary is None:
-        problems.append(f"{given} is for Wan 2.2 A14B, which has two transformers; this is {variant.title}")
-    elif options.expert and named and named != options.expert:
-        problems.append(f"{given}, but by its name {options.transformer_path} is the transformer for {named} noise")
+    if variant.boundary is None:
+        for key in ("expert", "transformer_2_path"):
+            if value := getattr(options, key):
+                shown = f"model.{key} = {str(value)!r}"
+                problems.append(f"{shown} is for Wan 2.2 A14B, which has two transformers; this is {variant.title}")
+    for part, role in parts.items():
+        path = getattr(options, f"{part}_path")
+        named = path and expert_named(path)
+        if role and named and named != role:
+            problems.append(
+                f"model.{part}_path is the transformer for {role} noise with model.expert = {expert!r}, but by its name {path} is "
+                f"the one for {named} noise"
+            )
+    if options.transformer_path and options.transformer_path == options.transformer_2_path:
+        problems.append(f"model.transformer_path and model.transformer_2_path are the same: {options.transformer_path}")
     # Only the shape of 2.2's image to video tells it; its text to video may be any file beside a folder of both experts.
     beside_experts = variant is VARIANTS["wan-t2v"] and options.transformer_path and _experts_in(options.path)
     if expert is None and (variant.boundary is not None or beside_experts):
@@ -181,6 +207,12 @@ def _misplaced(options: WanOptions, config: dict[str, Any], expert: Expert | Non
     if options.first_frame and variant is not VARIANTS["wan-ti2v"]:
         problems.append(f"model.first_frame = true is for Wan 2.2 TI2V-5B; this is {variant.title}")
     return problems
+
+
+def _different(config: dict[str, Any], other: dict[str, Any] | None = None) -> list[str]:
+    """What keeps two transformers from being those of one model."""
+    differences = [f"{name} {config[name]} and {other[name]}" for name in config if other and config[name] != other[name]]
+    return [f"the two transformers are not of one model: {', '.join(differences)}"] if differences else []
 
 
 def transformer_config(files: WanFiles) -> dict[str, Any]:

@@ -142,9 +142,9 @@ class HeadLayer(PipelineLayer):
         return Stream(prediction=hidden.flatten(6, 7).flatten(4, 5).flatten(2, 3))
 
 
-def wan_layers(transformer: WanTransformer3DModel) -> list[PipelineLayer]:
-    """Embed, one layer per block, head."""
-    rotary = RotaryTable(transformer)
+def wan_layers(transformer: WanTransformer3DModel, rotary: RotaryTable | None = None) -> list[PipelineLayer]:
+    """Embed, one layer per block, head.  ``rotary``: of another model of the same config, to be shared."""
+    rotary = rotary or RotaryTable(transformer)
     last = len(transformer.blocks) - 1
     blocks = [BlockLayer(block, rotary, is_last=index == last) for index, block in enumerate(transformer.blocks)]
     return [EmbedLayer(transformer), *blocks, HeadLayer(transformer)]

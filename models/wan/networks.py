@@ -13,6 +13,7 @@ from models.wan.keys import wan_key_map
 from models.wan.sizes import clip_config, t5_config, transformer_config, vae_config
 from models.wan.variants import variant_of
 from utils.checkpoints.keymap import KeyMap
+from utils.checkpoints.recognise import FileFacts
 from utils.checkpoints.tensor_files import TensorInfo
 from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
@@ -93,5 +94,13 @@ NETWORKS = {
         build=_build_clip,
         width=lambda config: config["hidden_size"],
         source=ClipWeights,
+        in_folder=None,
     ),
 }
+
+FILE_FACTS = FileFacts(
+    networks=NETWORKS,
+    architecture=r"wan",
+    key_map=lambda shapes: wan_key_map(),
+    sizes={(30, 1536): "1.3B", (40, 5120): "14B", (30, 3072): "TI2V-5B"},
+)

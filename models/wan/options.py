@@ -1,10 +1,11 @@
 """``[model]`` for Wan."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from utils.config.schema import ModelOptions
+from models.wan.variants import Trained
+from utils.config.schema import FilePath, ModelOptions
 
 DEFAULT_SHIFT = 3.0
 
@@ -16,12 +17,17 @@ class WanOptions(ModelOptions):
     """Constant timestep shift s: t' = s t / (1 + (s - 1) t). Inference at 480p uses 3, at 720p 5."""
     min_t: Annotated[float, Field(ge=0, le=1)] | None = None
     """Lower end of the timesteps that are trained. The distribution is cut there, not squeezed. Default: 0; for the high-noise
-    expert of Wan 2.2 A14B where its share begins, 0.875 (T2V) or 0.9 (I2V)."""
+    expert of Wan 2.2 A14B alone where its share begins, 0.875 (T2V) or 0.9 (I2V)."""
     max_t: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Upper end of the timesteps that are trained. Default: 1; for the low-noise expert of Wan 2.2 A14B where its share ends."""
-    expert: Literal["high", "low"] | None = None
-    """Which of the two transformers of Wan 2.2 A14B is trained, the one for high or for low noise. Default: the one that
-    `transformer_path` names; of a folder with both, `high`."""
+    """Upper end of the timesteps that are trained. Default: 1; for the low-noise expert of Wan 2.2 A14B alone where its share
+    ends."""
+    expert: Trained | None = None
+    """Which transformers of Wan 2.2 A14B are trained: the one for `high` noise, the one for `low` noise, or `both` in one run,
+    where each micro-batch goes to the one that its timesteps belong to. Default: of a folder, those that are in it; else the one
+    that `transformer_path` names."""
+    transformer_2_path: FilePath | None = None
+    """Wan 2.2 A14B: the transformer for low noise alone, a `.safetensors` file or a folder, beside `transformer_path` for the one
+    for high noise."""
     first_frame: bool = False
     """Wan 2.2 TI2V-5B only: show the first frame of each clip, so that image to video is trained; its latents are clean, have the
     time 0 and do not count in the loss. Pictures are trained as without it."""

@@ -12,6 +12,8 @@ Condition = Literal["first", "first and last"]
 """Which frames of a clip the model is shown beside the noisy latents, as further channels."""
 Expert = Literal["high", "low"]
 """Wan 2.2 A14B has two transformers: one for the noisy timesteps, one for the others."""
+Trained = Literal["both", "high", "low"]
+"""Which of them a run trains."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ UNSUPPORTED = {(48, 16, True, False): "Wan Fun Control"}
 EXPERT_IN_NAME = re.compile(r"(high|low)[_-]?noise|a14b[_-](high|low)(?![a-z])", re.IGNORECASE)
 
 
-def variant_of(config: Config, expert: Expert | None = None) -> str:
+def variant_of(config: Config, expert: Trained | None = None) -> str:
     """A name in :data:`VARIANTS`, by the transformer's config.  UserError, with what was recognised, for any other model.
 
-    ``expert``: the transformer is known to be this expert.  Without it Wan 2.2's T2V-A14B is not told from Wan 2.1, whose shape
+    ``expert``: the transformer is known to be an expert.  Without it Wan 2.2's T2V-A14B is not told from Wan 2.1, whose shape
     it has.
     """
     with_image, with_positions = config.get("image_dim") is not None, config.get("pos_embed_seq_len") is not None
@@ -70,6 +72,12 @@ def variant_of(config: Config, expert: Expert | None = None) -> str:
     return next((name for name in fitting if (VARIANTS[name].boundary is None) == (expert is None)), fitting[0])
 
 
+def expert_in(text: str) -> Expert | None:
+    """The expert that a name speaks of: ``high_noise``, ``A14B-LOW``, …"""
+    found = EXPERT_IN_NAME.search(text)
+    return (found[1] or found[2]).lower() if found else None
+
+
 def expert_named(path: Path) -> Expert | None:
     """Which expert a transformer's file or folder is by its name.
 
@@ -77,8 +85,8 @@ def expert_named(path: Path) -> Expert | None:
     ``wan2.2_t2v_high_noise_14B_fp16.safetensors`` and the like of ComfyUI.
     """
     for place in (path, path.parent):
-        if found := EXPERT_IN_NAME.search(place.name):
-            return (found[1] or found[2]).lower()
+        if found := expert_in(place.name):
+            return found
         if place.name == "transformer_2":
             return "low"
         if place.name == "transformer" and (place.parent / "transformer_2").is_dir():
@@ -86,8 +94,8 @@ def expert_named(path: Path) -> Expert | None:
     return None
 
 
-def trained_timesteps(variant: Variant, expert: Expert | None) -> tuple[float, float]:
+def trained_timesteps(variant: Variant, expert: Trained | None) -> tuple[float, float]:
     """The ends of the timesteps that a model is used for."""
-    if variant.boundary is None or expert is None:
+    if variant.boundary is None or expert in ("both", None):
         return 0.0, 1.0
     return (variant.boundary, 1.0) if expert == "high" else (0.0, variant.boundary)

@@ -1,4 +1,7 @@
-"""Trainings that ``engine_worker`` runs: all of one number of processes in one start, the first time one of them is asked for."""
+"""Trainings that ``engine_worker`` runs: all of one number of processes in one start, the first time one of them is asked for.
+
+Those that continue another one's checkpoint have a start of their own, after it.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,12 +31,22 @@ class Case:
     activation_checkpointing: bool = False
     resume_at: int | None = None
     """After so many steps a checkpoint is written, everything is built anew, and the training goes on from it."""
+    saves: bool = False
+    """Write a checkpoint at the end."""
+    continues: str | None = None
+    """The case whose last checkpoint this one begins with; that one does not continue another."""
+    ema: Mapping[str, object] | None = None
 
     @property
     def processes(self) -> int:
         return self.stages * self.replicas
 
-    def settings(self, model: Path) -> dict:
+    @property
+    def start(self) -> str:
+        """Cases of the same are run together."""
+        return f"{self.processes}-processes" + ("-continued" if self.continues else "")
+
+    def settings(self, model: Path, continues: Path | None) -> dict:
         return {
             "model": {"type": self.family, "path": str(model), "dtype": "float32", **self.options},
             "adapter": self.adapter and dict(self.adapter),
@@ -43,6 +56,9 @@ class Case:
             "gradient_clipping": self.gradient_clipping,
             "activation_checkpointing": self.activation_checkpointing,
             "resume_at": self.resume_at,
+            "saves": self.saves,
+            "continues": continues and str(continues),
+            "ema": self.ema and dict(self.ema),
         }
 
 
@@ -71,30 +87,40 @@ class Cases:
 
     def __init__(self, cases: Mapping[str, Case], folder: Path, tiny: Callable[[str], Path]):
         self.cases, self.folder, self.tiny = dict(cases), folder, tiny
-        self._failed: dict[int, AssertionError | None] = {}
+        self._failed: dict[str, AssertionError | None] = {}
 
     def settings(self, name: str) -> dict:
         case = self.cases[name]
-        return case.settings(self.tiny(case.variant))
+        return case.settings(self.tiny(case.variant), case.continues and self.folder_of(case.continues))
+
+    def folder_of(self, name: str) -> Path:
+        return self.folder / self.cases[name].start / name
 
     def __getitem__(self, name: str) -> Result:
-        processes = self.cases[name].processes
-        folder = self.folder / f"{processes}-processes"
-        if processes not in self._failed:
-            for other, case in self.cases.items():
-                if case.processes == processes:
-                    (folder / other).mkdir(parents=True, exist_ok=True)
-                    (folder / other / "settings.json").write_text(json.dumps(self.settings(other)))
-            try:
-                run_world(["-m", "tests.distributed.engine_worker", folder], processes, folder, timeout=900)
-                self._failed[processes] = None
-            except AssertionError as error:
-                self._failed[processes] = error
-        if not (folder / name / "results.json").is_file() and (error := self._failed[processes]):
+        self._run(self.cases[name].start)
+        folder = self.folder_of(name)
+        if not (folder / "results.json").is_file() and (error := self._failed[self.cases[name].start]):
             raise error
-        report = json.loads((folder / name / "results.json").read_text())
+        report = json.loads((folder / "results.json").read_text())
         tensors = {
-            kind: {key: value for file in (folder / name).glob(f"{kind}-*.safetensors") for key, value in load_file(file).items()}
+            kind: {key: value for file in folder.glob(f"{kind}-*.safetensors") for key, value in load_file(file).items()}
             for kind in ("gradients", "weights")
         }
         return Result([tuple(step) for step in report["steps"]], report["held_out"], **tensors)
+
+    def _run(self, start: str) -> None:
+        """Once."""
+        if start in self._failed:
+            return
+        together = {name: case for name, case in self.cases.items() if case.start == start}
+        for continued in {self.cases[case.continues].start for case in together.values() if case.continues}:
+            self._run(continued)
+        for name in together:
+            self.folder_of(name).mkdir(parents=True, exist_ok=True)
+            (self.folder_of(name) / "settings.json").write_text(json.dumps(self.settings(name)))
+        folder, processes = self.folder / start, next(iter(together.values())).processes
+        try:
+            run_world(["-m", "tests.distributed.engine_worker", folder], processes, folder, timeout=900)
+            self._failed[start] = None
+        except AssertionError as error:
+            self._failed[start] = error

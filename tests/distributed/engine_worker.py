@@ -12,21 +12,23 @@ from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import load_family
 from models.base import ModelFamily
 from utils.adapters.manager import AdapterManager, trainable_parameters
 from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
-from utils.config.schema import AdapterConfig, OptimizerConfig
+from utils.config.schema import AdapterConfig, EmaConfig, OptimizerConfig
 from utils.data.values import MicroBatch
 from utils.draw import Draw, generator
 from utils.optim.optimizers import RunOptimizer
+from utils.optim.shares import ReplicaShares
 from utils.pipeline.engine import StageEngine, StageModule
 from utils.pipeline.partition import divide
 from utils.pipeline.stage_weights import fill_stage, names_of
 from utils.runtime import DTYPES, RuntimePolicy
 from utils.topology import Topology
+from utils.trained import Trained
 
 GLOBAL_BATCH = 4
 
@@ -54,14 +56,14 @@ class Built:
     """One rank's part of a training."""
 
     engine: StageEngine
-    optimizer: RunOptimizer
-    parameters: dict[str, nn.Parameter]
+    trained: Trained
     gradients: dict[str, Tensor]
     """Of the first step, as the optimizer gets them."""
 
 
-def build(settings: dict, topology: Topology, checkpoint: Checkpoint | None) -> Built:
-    family, _, adapter = open_case(settings)
+def build(
+    settings: dict, family: ModelFamily, adapter: AdapterManager | None, topology: Topology, checkpoint: Checkpoint | None
+) -> Built:
     with torch.device("meta"):
         transformer = family.build_transformer()
         if adapter:
@@ -71,12 +73,13 @@ def build(settings: dict, topology: Topology, checkpoint: Checkpoint | None) -> 
     own = layers[boundaries[topology.stage] : boundaries[topology.stage + 1]]
     everywhere = trainable_parameters(transformer)
     mine = {name: everywhere[name] for name in names_of(own, transformer) if name in everywhere}
-    trained = perturbed(adapter.first_values(mine.items(), 0)) if adapter else {}
+    trained = perturbed(adapter.first_values(mine.items(), 0, family.weights())) if adapter else {}
     if checkpoint:
         trained = checkpoint.weights(mine)
     fill_stage(transformer, own, family.weights(), trained, topology.device)
 
-    optimizer = RunOptimizer(mine, OptimizerConfig(**settings["optimizer"]))
+    config = OptimizerConfig(**settings["optimizer"])
+    optimizer = RunOptimizer(mine, config, shares=ReplicaShares(mine, topology) if config.zero else None)
     policy = RuntimePolicy(topology.device, DTYPES[family.options.dtype], settings["activation_checkpointing"])
     engine = StageEngine.build(
         StageModule(layers, boundaries, topology, policy, seed=5),
@@ -87,9 +90,8 @@ def build(settings: dict, topology: Topology, checkpoint: Checkpoint | None) -> 
         accumulation=GLOBAL_BATCH // topology.replicas,
         gradient_clipping=settings["gradient_clipping"],
     )
-    if checkpoint:
-        optimizer.load_state(*checkpoint.optimizer(mine))
-    built = Built(engine, optimizer, mine, {})
+    ema = EmaConfig(**settings["ema"]) if settings["ema"] else None
+    built = Built(engine, Trained(mine, optimizer, ema, topology, checkpoint), {})
     step_as_usual = optimizer.step
 
     def step() -> None:
@@ -102,27 +104,42 @@ def build(settings: dict, topology: Topology, checkpoint: Checkpoint | None) -> 
     return built
 
 
+def save(built: Built, topology: Topology, out: Path, step: int) -> Checkpoint:
+    checkpoints = CheckpointManager(out, topology)
+    checkpoints.save(Progress(step), *built.trained.state(), {})
+    checkpoint = Checkpoint(checkpoints.finish())
+    assert not checkpoint.problems()
+    return checkpoint
+
+
 def run_case(settings: dict, out: Path) -> None:
     topology = Topology.start(settings["stages"])
-    family, reference, _ = open_case(settings)
-    built = build(settings, topology, None)
+    family, reference, adapter = open_case(settings)
+    before = None
+    if settings["continues"]:
+        before = CheckpointManager(Path(settings["continues"]), topology).latest()
+    built = build(settings, family, adapter, topology, before)
     first_gradients = built.gradients
+    first_step = before.progress.step if before else 0
+    if before:
+        save(built, topology, out, first_step)
     results = []
-    for number in range(settings["steps"]):
+    for number in range(first_step, settings["steps"]):
         if number == settings["resume_at"]:
-            weights = {name: parameter.data for name, parameter in built.parameters.items()}
-            folder = CheckpointManager(out, topology).save(Progress(number), weights, *built.optimizer.state(), {})
-            checkpoint = Checkpoint(folder)
-            assert not checkpoint.problems()
-            built = build(settings, topology, checkpoint)
+            built = build(settings, family, adapter, topology, save(built, topology, out, number))
         mine_now = range(number * GLOBAL_BATCH + topology.replica, (number + 1) * GLOBAL_BATCH, topology.replicas)
         result = built.engine.train_step(number, (prepared(family, reference, index) for index in mine_now))
         results.append([result.loss.hex(), result.grad_norm.hex(), result.applied])
-    held_out = built.engine.evaluate((prepared(family, reference, index, seed=4) for index in (100, 101)), 2)
+        if built.trained.average is not None and result.applied:
+            built.trained.average.update(number + 1)
+    if settings["saves"]:
+        save(built, topology, out, settings["steps"])
+    with built.trained.for_evaluation():
+        held_out = built.engine.evaluate((prepared(family, reference, index, seed=4) for index in (100, 101)), 2)
 
     if topology.writes_weights:
         save_file(first_gradients, out / f"gradients-{topology.stage}.safetensors")
-        weights = {name: parameter.detach().clone() for name, parameter in built.parameters.items()}
+        weights = {name: weight.clone() for name, weight in built.trained.weights().items()}
         save_file(weights, out / f"weights-{topology.stage}.safetensors")
     if topology.writes_weights and held_out is not None:
         report = {"steps": results, "held_out": [loss.hex() for loss in held_out]}

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,7 +105,8 @@ class World:
     def kill(self) -> None:
         for process in self.processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended just now
+                    os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
@@ -128,6 +129,16 @@ class World:
                 break
             time.sleep(0.05)
         return [process.returncode for process in self.processes]
+
+    def is_over(self) -> bool:
+        return all(process.poll() is not None for process in self.processes)
+
+    def wait_until_over(self, timeout: float) -> None:
+        """AssertionError if a process still runs after so many seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.is_over():
+            assert time.monotonic() < deadline, f"still running after {timeout} s\n{self.said()}"
+            time.sleep(0.02)
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 300) -> None:
         """Poll until the condition holds; AssertionError if the processes end or the time is over before."""
@@ -157,6 +168,7 @@ def world(
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         variables = rank_environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **(environment or {}))
         outputs.append(folder / f"output-{time.monotonic_ns()}-rank-{rank}.txt")
+        outputs[-1].touch()
         command = [str(argument) for argument in arguments]
         if not fresh and command[0] != "-c":
             running.append(preloaded().start(command, variables, outputs[-1]))

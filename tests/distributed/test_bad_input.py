@@ -174,3 +174,53 @@ def test_an_optimizer_that_couples_parameters_is_refused_on_stages(workspace, mo
     config = workspace.config("run", model, optimizer={"type": "prodigy", "lr": 1.0}, pipeline_stages=2)
     said = workspace.train(config, processes=2, expect=2)
     assert "optimizer.type = 'prodigy' computes one value from all parameters" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (
+            {"optimizer": {"type": "prodigy", "lr": 1.0, "zero": 1, "part_lr": {"embedders": 2.0}}},
+            ["zero = 1", "by part", "prodigy"],
+        ),
+        (
+            {"optimizer": {"type": "adamw_schedulefree", "lr": 1.0}, "ema": {"decay": 0.9}},
+            ["[ema]", "averages the weights by itself"],
+        ),
+        (
+            {"optimizer": {"type": "adamw", "lr": 1.0, "part_lr": {"embeders": 1.0, "nothing": 0.0}}},
+            ["optimizer.part_lr.embeders is no part", "did you mean `embedders`", "optimizer.part_lr.nothing", "cross_attention"],
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_optimizer(workspace, model, settings, parts):
+    run = load_config(workspace.config("run", model, **settings), lambda name: load_family(name).Options).run
+    with pytest.raises(UserError) as raised:
+        train.refuse_optimizer(run)
+    assert [part for part in parts if part not in str(raised.value)] == []
+
+
+def test_a_run_in_which_everything_is_frozen(workspace, model):
+    optimizer = {"type": "adamw", "lr": 1.0, "part_lr": dict.fromkeys(load_family("wan").parts, 0.0)}
+    assert "nothing is trained" in refused(workspace.config("full", model, adapter=None, optimizer=optimizer))
+    assert "learning rate is 0" in " ".join(refused(workspace.config("lora", model, optimizer=optimizer)).split())
+
+
+def test_an_editing_model_without_control_pictures(workspace, tiny, clips, tmp_path):
+    """Told before anything is loaded or encoded, by --check and by a run; and the same of pictures for a model that takes none."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(next(clips.glob("*.png")), pictures / "a.png")
+    (pictures / "a.txt").write_text("a picture")
+    dataset_of(workspace, pictures, frame_buckets=[1], resolutions=[64])
+    model = {"type": "flux", "path": str(tiny("flux1-kontext")), "dtype": "float32"}
+    config = workspace.config("edit", tiny("flux1-kontext"), model=model, cache_dir=str(tmp_path / "new_cache"))
+    said = "there is no control_path, and this model takes one or more control pictures for each item"
+    assert said in refused(config)
+    assert said in workspace.train(config, expect=2)
+    assert not list((tmp_path / "new_cache").rglob("*.safetensors"))
+
+    with workspace.dataset.open("a") as file:
+        file.write(f"control_path = {str(pictures)!r}\n")
+    assert train.check(load_config(config, lambda name: load_family(name).Options)) == 0
+    assert "control_path names 1 folder, and this model takes no control pictures" in refused(config, 'model.variant="dev"')

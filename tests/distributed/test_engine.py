@@ -59,15 +59,38 @@ def detailed() -> dict[str, Case]:
     return cases
 
 
+CONVOLUTIONS = ["to_q", "conv1", "conv_shortcut", "downsamplers.0.conv"]
+ADAPTERS = {
+    **{kind: {"type": kind} for kind in ("rslora", "dora", "loha", "lokr")},
+    "dora in bf16": {"type": "dora", "dtype": "bfloat16"},
+    "dora with dropout": {"type": "dora", "dropout": 0.1},
+    "lora on convolutions": {"target_modules": CONVOLUTIONS},
+    "dora on convolutions": {"type": "dora", "target_modules": CONVOLUTIONS},
+}
+
+
+def adapter_kinds() -> dict[str, Case]:
+    """Those of two stages are resumed, and compute their activations twice."""
+    cases = {}
+    for name, settings in ADAPTERS.items():
+        adapter = {**LORA, "override": [{"modules": r".*blocks\.1\..*", "rank": 2, "alpha": 5.0}], **settings}
+        family = {"variant": "sdxl", "family": "sdxl"} if "target_modules" in settings else {"variant": "wan-t2v"}
+        options = {"dtype": "bfloat16"} if "dtype" in settings else {}
+        common = {**family, "adapter": adapter, "options": options, "optimizer": ADAMW, "gradient_clipping": CLIP}
+        cases[f"{name}-1"] = Case(**common)
+        cases[f"{name}-2"] = Case(**common, stages=2, resume_at=1, activation_checkpointing=True)
+    return cases
+
+
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory) -> Cases:
-    return Cases(every_variant() | detailed(), tmp_path_factory.mktemp("engine"), tiny)
+    return Cases(every_variant() | detailed() | adapter_kinds(), tmp_path_factory.mktemp("engine"), tiny)
 
 
-def plain(settings: dict) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the first step's global batch, with the diffusers model called by hand."""
+def plain(settings: dict, model: torch.nn.Module | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step's global batch, with the diffusers model (of the case, or another) called by hand."""
     family, reference, manager = open_case(settings)
-    model = reference.plain_model(family.options.path)
+    model = model or reference.plain_model(family.options.path)
     if manager:
         model.requires_grad_(False)
         config = manager.config
@@ -84,6 +107,13 @@ def plain(settings: dict) -> tuple[float, dict[str, torch.Tensor]]:
     return total, {canonical_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
+def num_different(one: Result, other: Result) -> int:
+    """Steps, held-out losses and weights that are not the same bits."""
+    pairs = [*zip(one.steps, other.steps, strict=True), *zip(one.held_out, other.held_out, strict=True)]
+    weights = [torch.equal(other.weights[name], weight) for name, weight in one.weights.items()]
+    return sum(left != right for left, right in pairs) + weights.count(False)
+
+
 def assert_same_bits(one: Result, other: Result) -> None:
     assert other.steps == one.steps
     assert other.held_out == one.held_out
@@ -91,30 +121,42 @@ def assert_same_bits(one: Result, other: Result) -> None:
     assert all(torch.equal(other.weights[name], one.weights[name]) for name in one.weights)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS])
-def test_loss_and_every_gradient_equal_the_plain_diffusers_model(variant, kind, results):
-    found = results[f"{variant}-{kind}-2"]
-    loss, gradients = plain(results.settings(f"{variant}-{kind}-2"))
+def assert_as_plain(found: Result, loss: float, gradients: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Loss, norm and gradients of the first step, which was clipped.
+
+    Returns the relative difference of the loss, and the largest of a gradient.
+    """
     assert found.losses[0] == pytest.approx(loss, rel=1e-5)
     assert found.gradients.keys() == gradients.keys()
     norm = float(torch.stack([gradient.double().pow(2).sum() for gradient in gradients.values()]).sum().sqrt())
     assert found.norms[0] == pytest.approx(norm, rel=1e-5)
     assert norm > CLIP
+    largest = 0.0
     for name, gradient in gradients.items():
         expected = gradient * (CLIP / norm)
         # Some gradients are zero but for rounding; those are held against the whole gradient's norm.
         difference = (found.gradients[name] - expected).norm() / max(float(expected.norm()), 1e-6 * CLIP)
         assert difference <= 1e-5, f"{name}: relative difference {difference:.2e}"
+        largest = max(largest, float(difference))
+    return abs(found.losses[0] - loss) / loss, largest
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS])
-def test_every_variant_gives_the_same_bits_on_one_two_and_three_stages_and_resumed(variant, kind, results):
+def test_loss_and_every_gradient_equal_the_plain_diffusers_model(variant, kind, results, measured):
+    loss, gradient = assert_as_plain(results[f"{variant}-{kind}-2"], *plain(results.settings(f"{variant}-{kind}-2")))
+    measured(variant, "loss", loss)
+    measured(variant, "gradients", gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS])
+def test_every_variant_gives_the_same_bits_on_one_two_and_three_stages_and_resumed(variant, kind, results, measured):
     """The runs of two and three stages are stopped after the first step and built anew from a checkpoint."""
     one = results[f"{variant}-{kind}-1"]
     assert len(set(one.losses)) == len(one.losses), "nothing was learnt, or every step saw the same batch"
     for stages in (2, 3):
+        measured(variant, "stages", num_different(one, results[f"{variant}-{kind}-{stages}"]))
         assert_same_bits(one, results[f"{variant}-{kind}-{stages}"])
 
 
@@ -154,3 +196,11 @@ def test_a_step_that_is_not_finite_is_refused_on_every_stage(results):
     assert applied[0]
     assert not applied[-1]
     assert all(torch.isfinite(weight).all() for weight in found.weights.values())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_kind_of_adapter_gives_the_same_bits_on_two_stages_and_resumed(name, results):
+    one = results[f"{name}-1"]
+    assert len(set(one.losses)) == len(one.losses), "nothing was learnt, or every step saw the same batch"
+    assert all(gradient.any() for gradient in one.gradients.values()), "a part of the adapter is not trained"
+    assert_same_bits(one, results[f"{name}-2"])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from models import load_family
 from tests.distributed.harness import world
 from utils.adapters.manager import trainable_parameters
+from utils.checkpoints.checkpoint import Checkpoint
 from utils.pipeline.layer import PipelineLayer, Stream
 from utils.pipeline.stage_weights import fill_stage
 
@@ -45,8 +46,12 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(workspace, tiny, dropout
     """Two stages; 16 micro-batches an epoch and 4 a step, so that step 3 is in the middle of an epoch."""
     model = tiny("wan-i2v", "released")
     adapter = {"rank": 4, "alpha": 6, "dropout": dropout}
+    if dropout:  # and captions that vary: three orders of the words of each of the eight, and none
+        varied = f'shuffle_tags = true\ntag_delimiter = " "\ncaption_variants = 3\ncaption_dropout = {dropout}\n'
+        workspace.dataset.write_text(varied + workspace.dataset.read_text())
     straight = workspace.config("straight", model, adapter=adapter, pipeline_stages=2)
-    workspace.train(straight, processes=2)
+    said = workspace.train(straight, processes=2)
+    assert f"text: {8 * 3 + 1 if dropout else 8} different inputs" in said
 
     killed = workspace.config("killed", model, adapter=adapter, pipeline_stages=2)
     checkpoint = workspace.run("killed") / "checkpoints" / "step-00000003"
@@ -114,17 +119,68 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_is_taken(workspa
     config = workspace.config("run", model, max_steps=6)
     workspace.train(config)
     whole = losses_of(workspace.run("run"))
-    damaged = workspace.run("run") / "checkpoints" / "step-00000006" / "weights-000.safetensors"
+    damaged = workspace.run("run") / "checkpoints" / "step-00000006" / "weights-000-000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
     said = workspace.train(config, "--resume")
     assert "checkpoint step-00000006 is damaged and is passed over" in said
-    assert "weights-000.safetensors does not have the content it was written with" in said
+    assert "weights-000-000.safetensors does not have the content it was written with" in said
     assert "continuing from step 3" in said
     assert losses_of(workspace.run("run")) == whole
     said = workspace.train(config, "--resume", damaged.parent.with_name("set-aside-step-00000006"), expect=2)
     assert "this checkpoint is damaged (the newest whole one is" in said
+
+
+def test_files_ask_for_a_checkpoint_an_export_and_the_end(workspace, tiny):
+    """On two stages; what nobody asked for is not written, since the run is far from its end."""
+    changes = {"max_steps": 100_000, "checkpoint_every_n_steps": None, "pipeline_stages": 2, "resume": "latest-or-new"}
+    config = workspace.config("run", tiny("wan-t2v"), **changes)
+    run = workspace.run("run")
+    with world(["train.py", "--config", config], 2, workspace.folder) as running:
+        running.wait_until((run / "metrics.jsonl").is_file)
+        for name, made in {"request-checkpoint": "checkpoints/step-*", "request-export": "exports/step-*/run.safetensors"}.items():
+            assert not list(run.glob(made))
+            (run / name).touch()
+            running.wait_until(lambda name=name: not (run / name).exists())
+            assert len(list(run.glob(made))) == 1
+        (run / "request-stop").touch()
+        assert running.wait(120) == [0, 0], running.said()
+        said = running.said()
+    assert not (run / "request-stop").exists()
+    checkpoints = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").iterdir())
+    last = steps_of(run)[-1]["step"]
+    assert len(checkpoints) == 2
+    assert checkpoints[-1] == last < 100_000
+    assert "the file request-stop" in said
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = [line for line in written if line["kind"] == "checkpoint"]
+    assert [(event["step"], event["errors"]) for event in events] == [(step, []) for step in checkpoints]
+
+    assert f"continuing from step {last}" in workspace.train(config, "--set", f"max_steps={last + 1}", processes=2)
+    assert steps_of(run)[-1]["step"] == last + 1
+
+
+def test_best_checkpoints_are_kept(workspace, tiny):
+    """Evaluated after each of the steps, with a learning rate that makes the loss go up and down."""
+    changes = {
+        "max_steps": 6,
+        "checkpoint_every_n_steps": 100,
+        "optimizer": {"type": "sgd", "lr": 3.0},
+        "eval_datasets": [{"name": "held-out", "config": str(workspace.dataset)}],
+        "eval_every_n_steps": 1,
+        "eval_before_first_step": False,
+        "eval_timesteps": [0.5],
+        "keep_last": 1,
+        "keep_best": 2,
+    }
+    workspace.train(workspace.config("run", tiny("wan-t2v"), **changes))
+    lines = [json.loads(line) for line in (workspace.run("run") / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "eval"}
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    expected = {*sorted(losses, key=losses.get)[:2], 6}
+    found = {Checkpoint(folder) for folder in (workspace.run("run") / "checkpoints").iterdir()}
+    assert {checkpoint.progress.step: checkpoint.eval_loss for checkpoint in found} == {step: losses[step] for step in expected}
 
 
 def test_a_second_start_encodes_nothing_and_a_changed_caption_one_caption(workspace, tiny, copied_clips):
@@ -177,7 +233,7 @@ def trained_prediction(run: Path, model: Path, adapter: dict | None) -> torch.Te
     if adapter:
         targets = Family.adapter_targets
         inject_adapter_in_model(LoraConfig(r=adapter["rank"], lora_alpha=adapter["alpha"], target_modules=targets), transformer)
-    trained = load_file(max((run / "checkpoints").iterdir()) / "weights-000.safetensors")
+    trained = load_file(max((run / "checkpoints").iterdir()) / "weights-000-000.safetensors")
     parameters = trainable_parameters(transformer)
     for name, value in trained.items():
         parameters[name].data.copy_(value)
@@ -223,7 +279,8 @@ def test_a_run_starts_from_a_lora_or_on_a_base_with_one(workspace, tiny):
     assert abs(started - plain) > 1e-5
     assert started == pytest.approx(merged, rel=1e-6)
     wrong = workspace.config("wrong", model, adapter={"rank": 8, "init_from": lora})
-    assert "has rank 4, adapter.rank = 8; set adapter.rank to the file's" in workspace.train(wrong, "--check", expect=2)
+    said = workspace.train(wrong, "--check", expect=2)
+    assert "has rank 4 for blocks.0.attn1.to_q, adapter.rank = 8; set adapter.rank to the file's" in said
 
 
 def test_no_path_of_the_user_is_in_an_export(workspace, tiny):

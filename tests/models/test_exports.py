@@ -8,7 +8,9 @@ import torch
 from models import family_names, load_family
 from tests.distributed.engine_worker import perturbed
 from utils.adapters.manager import AdapterManager, adaptable_modules, trainable_parameters
-from utils.checkpoints.export import TrainingFacts, export_full, export_lora, load_lora
+from utils.checkpoints.adapter_files import read_adapter
+from utils.checkpoints.adapter_layouts import modules_of
+from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.checkpoints.weights import WeightSource
 from utils.config.schema import AdapterConfig
 from utils.draw import Draw
@@ -51,21 +53,20 @@ def layered(layers, inputs) -> torch.Tensor:
     return stream["prediction"]
 
 
-def test_a_lora_loads_whole_in_diffusers_and_computes_the_same(opened, tmp_path):
+def test_a_lora_loads_whole_in_diffusers_and_computes_the_same(opened, tmp_path, measured):
     family, reference = opened
     adapter = AdapterManager(AdapterConfig(rank=4, alpha=10.0), family.adapter_targets)
     _, layers, values = filled(family, adapter)
     inputs = family.prepare_inputs(reference.batch(family, 0), Draw(3, 0)).inputs
     ours = layered(layers, inputs)
-    file = export_lora(
+    file = export_adapter(
         tmp_path,
         "lora",
         values,
         expected={name: value.shape for name, value in values.items()},
         key_map=family.key_map(),
         fmt=family.lora_format,
-        alpha=10.0,
-        rank=4,
+        scales=dict.fromkeys(modules_of(values), 10.0 / 4),
         dtype=torch.float32,
         family=family.export_metadata(),
         facts=FACTS,
@@ -78,10 +79,12 @@ def test_a_lora_loads_whole_in_diffusers_and_computes_the_same(opened, tmp_path)
         pipeline.load_lora_weights(file, adapter_name="trained")
         loaded = [name for name, _ in network.named_modules() if name.endswith("lora_A.trained")]
         assert len(loaded) == len(values) // 2
-        assert (reference.predict(network, inputs) - ours).abs().max() <= 1e-5
+        difference = (reference.predict(network, inputs) - ours).abs().max()
+    measured(family.variant, "lora", difference)
+    assert difference <= 1e-5
 
     # And by our own reader, as a run that starts from it would.
-    read = load_lora(file, adaptable_modules(family.weights()), family.key_map())
+    read = read_adapter(file, adaptable_modules(family.weights()), family.key_map())
     modules = {name.partition(".lora_")[0] for name in values}
     assert read.scales.keys() == modules
     for module in modules:
@@ -90,7 +93,7 @@ def test_a_lora_loads_whole_in_diffusers_and_computes_the_same(opened, tmp_path)
         assert torch.allclose(read.scales[module] * found, expected, atol=1e-5)
 
 
-def test_a_full_export_reads_back_as_it_was(opened, tmp_path):
+def test_a_full_export_reads_back_as_it_was(opened, tmp_path, measured):
     family, _ = opened
     transformer, _, _ = filled(family, None)
     weights = dict(transformer.state_dict())
@@ -107,4 +110,6 @@ def test_a_full_export_reads_back_as_it_was(opened, tmp_path):
     )
     source = WeightSource(file, family.key_map())
     assert source.names().keys() == weights.keys()
-    assert all(torch.equal(source.read(name), value) for name, value in weights.items())
+    different = [name for name, value in weights.items() if not torch.equal(source.read(name), value)]
+    measured(family.variant, "full", len(different))
+    assert not different

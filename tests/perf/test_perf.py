@@ -5,6 +5,7 @@ times, since another program may disturb one.
 """
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,3 +74,32 @@ def test_a_rank_needs_little_more_memory_than_its_stage(tmp_path, stages):
             f"\nrank {rank} of {stages}: peak {peak:.0f} MB ({found['before'] / 1e6:.0f} MB before reading), stage {stage:.0f} MB"
         )
         assert peak <= 1.2 * stage + 600
+
+
+def test_training_hardly_stands_still_for_a_checkpoint(tmp_path):
+    """More than 1 GB: the pause is at most a quarter of what a plain write of the same bytes takes."""
+
+    def ratio() -> float:
+        [times] = measure("checkpoint_pause", 1, tmp_path)
+        assert times["bytes"] >= 1e9
+        pause, plain, written = (statistics.median(times[key]) for key in ("pauses", "plains", "written"))
+        print(
+            f"\n{times['bytes'] / 1e9:.2f} GB: pause {pause:.3f} s (the first {times['pauses'][0]:.3f} s), plain {plain:.3f} s, "
+            f"whole on the disk after {written:.2f} s, ratio {pause / plain:.3f}"
+        )
+        return pause / plain
+
+    assert best_ratio(ratio, 0.25) <= 0.25
+
+
+def test_checkpoints_do_not_slow_training(tmp_path):
+    """One every twenty steps: at least 0.95 of the steps per second without."""
+
+    def ratio() -> float:
+        [times] = measure("checkpoint_speed", 1, tmp_path)
+        without, with_checkpoints = statistics.median(times["without"]), statistics.median(times["with"])
+        assert without >= 20 * 0.05, "too light a model to say anything"
+        print(f"\n20 steps: {without:.2f} s, with a checkpoint {with_checkpoints:.2f} s, speed {without / with_checkpoints:.3f}")
+        return with_checkpoints / without
+
+    assert best_ratio(ratio, 1 / 0.95) <= 1 / 0.95

@@ -12,10 +12,14 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
 
 from models.wan.keys import wan_key_map
 from models.wan.layers import wan_layers
 from utils.adapters.manager import AdapterManager, trainable_parameters
+from utils.checkpoints.checkpoint import Progress
+from utils.checkpoints.manager import CheckpointManager
+from utils.checkpoints.retention import Retention
 from utils.checkpoints.weights import WeightSource, materialise
 from utils.config.schema import AdapterConfig, OptimizerConfig
 from utils.data.values import MicroBatch
@@ -135,7 +139,57 @@ def load_memory(out: Path) -> dict:
     return {"before": before, "peak": peak, "stage": stage}
 
 
-BENCHMARKS = {"step_overhead": step_overhead, "stage_speed": stage_speed, "load_memory": load_memory}
+def checkpoint_pause(out: Path) -> dict:
+    """How long training stands still for checkpoints of more than 1 GB, and how long safetensors takes to write the same bytes."""
+    checkpoints = CheckpointManager(out, Topology.start(1), Retention(last=1))
+    shapes = {f"blocks.{number}.weight": (2048, 2048) for number in range(22)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    state = {f"{name}::{key}": torch.randn(shape) for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    pauses, plains = [], []
+    for step in range(1, 5):
+        plains.append(seconds(lambda: save_file({**weights, **state}, out / "plain.safetensors")))
+        (out / "plain.safetensors").unlink()
+        pauses.append(seconds(lambda step=step: checkpoints.save(Progress(step), {"weights": weights, "optimizer": state}, {}, {})))
+        assert checkpoints.finish(), checkpoints.poll()
+    saved = checkpoints.poll()
+    return {"bytes": saved[0].bytes, "pauses": pauses, "plains": plains, "written": [one.seconds for one in saved]}
+
+
+def checkpoint_speed(out: Path) -> dict:
+    """Twenty steps after a checkpoint was begun, and twenty without one, in turn."""
+    topology = Topology.start(1)
+    engine = build_engine(topology, accumulation=1)
+    checkpoints = CheckpointManager(out, topology, Retention(last=1))
+    batch = micro_batch(0)
+    step = 0
+
+    def steps(with_checkpoint: bool) -> None:
+        nonlocal step
+        if with_checkpoint:
+            tensors, scalars = engine.optimizer.state()
+            weights = {name: weight.data for name, weight in engine.module.named_parameters() if weight.requires_grad}
+            checkpoints.save(Progress(step), {"weights": weights, "optimizer": tensors}, {"optimizer": scalars}, {})
+        for _ in range(20):
+            engine.train_step(step, iter([batch]))
+            step += 1
+
+    steps(with_checkpoint=True)  # the first ones warm up
+    found = {"with": [], "without": []}
+    for _ in range(4):
+        found["without"].append(seconds(lambda: steps(with_checkpoint=False)))
+        found["with"].append(seconds(lambda: steps(with_checkpoint=True)))
+    assert checkpoints.finish(), checkpoints.poll()
+    assert not any(saved.errors for saved in checkpoints.poll())
+    return found
+
+
+BENCHMARKS = {
+    "step_overhead": step_overhead,
+    "stage_speed": stage_speed,
+    "load_memory": load_memory,
+    "checkpoint_pause": checkpoint_pause,
+    "checkpoint_speed": checkpoint_speed,
+}
 
 
 def main() -> None:

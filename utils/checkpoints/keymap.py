@@ -7,135 +7,35 @@ rule matches is an error: nothing is ever left out or passed on in silence.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Generic, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
-from utils.errors import UserError, listed
+from utils.checkpoints.rules import Fuse, Rename, Rule, Source, Transform
+from utils.errors import listed
+
+__all__ = ["Fuse", "KeyMap", "Layout", "ModulePlace", "Rename", "Rule", "Source", "Transform"]
 
 Layout = Literal["diffusers", "released"]
+Value = TypeVar("Value")
 NAMED_PROBLEMS = 5
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @dataclass(frozen=True)
-class Source:
-    """Where one diffusers tensor is found: some rows of the tensor ``key``, then ``convert`` (which works on meta tensors too)."""
+class ModulePlace:
+    """The module that a path in a file means."""
 
-    key: str
-    share: tuple[int, int, int] | None = None
-    """``(start, stop, whole)``: rows ``start / whole`` to ``stop / whole``.  None: all of it."""
-    convert: Callable[[Tensor], Tensor] = _unchanged
-
-    def rows(self, shape: Sequence[int]) -> slice | None:
-        """The rows to read of a tensor of ``shape``; None for all.  UserError if the shares do not divide its rows."""
-        if self.share is None:
-            return None
-        start, stop, whole = self.share
-        if not shape or shape[0] % whole:
-            raise UserError(f"{self.key} has the shape {list(shape)}; its rows should be a multiple of {whole}")
-        return slice(start * (shape[0] // whole), stop * (shape[0] // whole))
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """The diffusers tensor, given the whole one."""
-        rows = self.rows(tensor.shape)
-        return self.convert(tensor if rows is None else tensor[rows])
+    path: str
+    """The path in ``layout``, its parts joined by dots."""
+    layout: Layout
+    modules: tuple[str, ...]
+    """The diffusers modules whose weights it holds, in the order of its rows."""
 
 
-class Rule(Protocol):
-    """How tensors of diffusers make one tensor of the release (``join``) and are found in it (``source``)."""
-
-    released: str
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The diffusers patterns."""
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The released tensor, from one tensor for each part."""
-
-    def source(self, part: int, key: str) -> Source:
-        """Where part number ``part`` lies in the released tensor ``key``."""
-
-
-@dataclass(frozen=True)
-class Rename:
-    """The same tensor under another name."""
-
-    diffusers: str
-    released: str
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.diffusers,)
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
-
-    def source(self, part: int, key: str) -> Source:
-        return Source(key)
-
-
-@dataclass(frozen=True)
-class Fuse:
-    """Several tensors that the release holds as one, joined along the rows in this order.
-
-    ``shares`` gives the parts' rows in proportion, e.g. ``(1, 1, 1, 4)`` for q, k, v and an MLP of four times the width.
-    """
-
-    released: str
-    diffusers: tuple[str, ...]
-    shares: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "diffusers", tuple(self.diffusers))
-        object.__setattr__(self, "shares", tuple(self.shares) or (1,) * len(self.diffusers))
-        assert len(self.shares) == len(self.diffusers), f"{self.released}: one share for each of {self.diffusers}"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.diffusers
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        rows = [tensor.shape[0] for tensor in tensors]
-        if any(count * self.shares[0] != rows[0] * share for count, share in zip(rows, self.shares, strict=True)):
-            raise ValueError(f"the parts of {self.released} have {rows} rows; they should be in proportion {list(self.shares)}")
-        return torch.cat(list(tensors))
-
-    def source(self, part: int, key: str) -> Source:
-        return Source(key, (sum(self.shares[:part]), sum(self.shares[: part + 1]), sum(self.shares)))
-
-
-@dataclass(frozen=True)
-class Transform:
-    """A tensor that the release holds in another form: ``forward`` makes the released tensor, ``inverse`` undoes it.
-
-    For the weight of a module that can have a LoRA both work on rows alone and linearly (a permutation, a scale per row), so that
-    ``to_released({"<module>.weight": B})`` is right for the LoRA's B too.
-    """
-
-    diffusers: str
-    released: str
-    forward: Callable[[Tensor], Tensor] = field(repr=False)
-    inverse: Callable[[Tensor], Tensor] = field(repr=False)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.diffusers,)
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self.forward(tensors[0])
-
-    def source(self, part: int, key: str) -> Source:
-        return Source(key, convert=self.inverse)
-
-
+@cache  # tables are made anew for each file, always of the same patterns
 def _compiled(pattern: str) -> re.Pattern:
     """``blocks.{i}.ffn.{p}`` as a regular expression with a named group for each place."""
     texts = re.split(r"\{(\w+)\}", pattern)
@@ -146,9 +46,29 @@ def _compiled(pattern: str) -> re.Pattern:
 @dataclass(frozen=True)
 class _Entry:
     pattern: str
-    expression: re.Pattern
     rule: Rule
     part: int
+
+
+class _Finder(Generic[Value]):
+    """Finds the first of many patterns that a name matches.  Names and patterns without their numbers tell which to try."""
+
+    def __init__(self, patterns: Iterable[tuple[str, Value]]):
+        self._by_form: dict[str, list[tuple[re.Pattern, Value]]] = {}
+        for pattern, value in patterns:
+            for form in {_form(_example(pattern, "0", suffix)) for suffix in ("weight", "bias")}:
+                self._by_form.setdefault(form, []).append((_compiled(pattern), value))
+
+    def find(self, name: str) -> tuple[Value, dict[str, str]] | None:
+        """What belongs to the pattern, and what stands in its places."""
+        for expression, value in self._by_form.get(_form(name), ()):
+            if match := expression.fullmatch(name):
+                return value, match.groupdict()
+        return None
+
+
+def _form(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 class KeyMap:
@@ -163,13 +83,15 @@ class KeyMap:
         self._prefixes = tuple(prefixes)
         self._ignored = [_compiled(pattern) for pattern in ignored]
         self._tables: dict[Layout, list[_Entry]] = {
-            "diffusers": [_Entry(name, _compiled(name), rule, part) for rule in rules for part, name in enumerate(rule.parts)],
-            "released": [_Entry(rule.released, _compiled(rule.released), rule, 0) for rule in rules],
+            "diffusers": [_Entry(name, rule, part) for rule in rules for part, name in enumerate(rule.parts)],
+            "released": [_Entry(rule.released, rule, 0) for rule in rules],
         }
+        self._finders = {layout: _Finder((entry.pattern, entry) for entry in table) for layout, table in self._tables.items()}
+        self._module_finders: dict[tuple[Layout, str], _Finder[str]] = {}
         for layout, table in self._tables.items():
             assert len({entry.pattern for entry in table}) == len(table), f"two rules have the same {layout} pattern"
         for entry in self._tables["diffusers"]:
-            places = set(entry.expression.groupindex)
+            places = set(_compiled(entry.pattern).groupindex)
             assert places == set(_compiled(entry.rule.released).groupindex), f"{entry.rule}: the places in braces differ"
 
     def to_released(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,6 +151,28 @@ class KeyMap:
         entry, places = self._required(key, layout)
         return [key] if layout == "diffusers" else [part.format(**places) for part in entry.rule.parts]
 
+    def place_of(self, path: str, separator: str = ".") -> ModulePlace | None:
+        """What a module's path means, in either layout; its parts may be joined by ``_``.  None for an unknown one.
+
+        No list of the model's modules is needed: ``blocks_0_ffn_2``, too, can mean only one module.  A path that both layouts know
+        is the released one, for that is what other programs write.
+        """
+        for layout in ("released", "diffusers"):
+            if found := self._modules(layout, separator).find(path):
+                pattern, places = found
+                dotted = pattern.format(**places)
+                names = self.diffusers_names(f"{dotted}.weight", layout)
+                return ModulePlace(dotted, layout, tuple(name.removesuffix(".weight") for name in names)) if names else None
+        return None
+
+    def _modules(self, layout: Layout, separator: str) -> _Finder[str]:
+        """Finds a module's path with places by how it is spelt with this separator."""
+        if (layout, separator) not in self._module_finders:
+            weights = [entry.pattern for entry in self._tables[layout] if entry.pattern.endswith((".{p}", ".weight"))]
+            modules = dict.fromkeys(pattern.rpartition(".")[0] for pattern in weights)
+            self._module_finders[layout, separator] = _Finder((module.replace(".", separator), module) for module in modules)
+        return self._module_finders[layout, separator]
+
     def stripped(self, keys: Iterable[str]) -> dict[str, str]:
         """Keys of a file by the name without prefix.  If a known prefix occurs, only keys that have it belong to the model."""
         keys = list(keys)
@@ -244,7 +188,7 @@ class KeyMap:
 
     def unknown(self, keys: Iterable[str], layout: Layout) -> list[str]:
         """Keys that no rule of the layout matches."""
-        return [key for key in keys if not self._is_ignored(key) and self._match(key, layout) is None]
+        return [key for key in keys if not self._is_ignored(key) and self._finders[layout].find(key) is None]
 
     def unknown_problems(self, keys: Iterable[str], layout: Layout) -> list[str]:
         """The first few unknown keys, each with the known name that is nearest, and the number of the others."""
@@ -257,14 +201,8 @@ class KeyMap:
         table = self._tables[layout]
         return [_example(entry.pattern, "0", "weight") for entry in table[:: max(1, len(table) // count)]][:count]
 
-    def _match(self, key: str, layout: Layout) -> tuple[_Entry, dict[str, str]] | None:
-        for entry in self._tables[layout]:
-            if match := entry.expression.fullmatch(key):
-                return entry, match.groupdict()
-        return None
-
     def _required(self, key: str, layout: Layout) -> tuple[_Entry, dict[str, str]]:
-        match = self._match(key, layout)
+        match = self._finders[layout].find(key)
         if match is None:
             raise ValueError(f"{key} is not a name of this model's {layout} layout{self._nearest(key, layout)}")
         return match

@@ -1,240 +1,202 @@
-"""Checkpoints: everything that a run needs to continue exactly, by name.
+"""The checkpoints of one run: saved beside training, found again, kept as long as they are wanted.
 
-A checkpoint is a folder ``checkpoints/step-00000012`` with, from each stage, one safetensors file of trained weights and one of
-optimizer state, and ``manifest.json`` with the progress, the settings, the scalars of the optimizer and a checksum of each file.
-Tensors are known by the names of the parameters, so any number of stages reads what any other wrote.  Frozen weights are not in it.
-
-It is written under another name, synced, and renamed last: it is there whole or not at all.  The newest whole one is found by
-looking.  A checkpoint that cannot be written costs that checkpoint, with a loud message, and neither an older one nor the run.
+Training stands still for a copy to host memory; the writing goes on behind it, one checkpoint at a time.  A checkpoint that cannot
+be written costs that checkpoint, with a loud message, and neither an older one nor the run.
 """
 
-import hashlib
-import json
 import logging
-import os
-import platform
-import re
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from utils.checkpoints.weights import save_safetensors
+from utils.checkpoints.checkpoint import Checkpoint, Progress
+from utils.checkpoints.disk import Disk
+from utils.checkpoints.host_copy import HostCopy, available_host_bytes, live_contents
+from utils.checkpoints.retention import Retention
+from utils.checkpoints.writer import PARTIAL, CheckpointWriter, Job
 from utils.errors import UserError, listed
 from utils.topology import Topology
 
+__all__ = ["Checkpoint", "CheckpointManager", "Progress", "Saved"]
+
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8})")
-_PARTIAL = ".partial-"
+SET_ASIDE = "set-aside-"
+REMOVED = ".removed-"
+# The manifest, and what the file system needs for itself.
+ROOM_BYTES = 2**20
+LONG_WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is, in numbers that do not depend on stages or replicas."""
+class Saved:
+    """How one checkpoint went.  Times in seconds."""
 
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Epoch of the next sample, from 0."""
-    epoch_samples: int = 0
-    """Samples of that epoch that were consumed, those that complete a batch included."""
-    samples: int = 0
-    """Samples consumed in all."""
-
-    @property
-    def epochs_begun(self) -> int:
-        """The epoch that the last step belongs to, counted from 1."""
-        return self.epoch + (1 if self.epoch_samples else 0)
-
-    def after_step(self, samples: int, epoch_is_over: bool) -> "Progress":
-        advanced = replace(self, step=self.step + 1, samples=self.samples + samples)
-        if epoch_is_over:
-            return replace(advanced, epoch=self.epoch + 1, epoch_samples=0)
-        return replace(advanced, epoch_samples=self.epoch_samples + samples)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-class Checkpoint:
-    """One checkpoint folder and its manifest."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: dict[str, Any] = {}
-
-    def read_manifest(self) -> None:
-        self.manifest = json.loads((self.folder / MANIFEST).read_text())
-
-    def problems(self) -> list[str]:
-        """Why it cannot be used: nothing if it is whole.  Reads every byte of it."""
-        path = self.folder / MANIFEST
-        try:
-            self.read_manifest()
-            found = self.manifest["version"]
-            if found > FORMAT_VERSION:
-                return [f"{path.name}: written by a newer flowstage (format {found}, this one reads up to {FORMAT_VERSION})"]
-            files = self.manifest["files"]
-            Progress(**self.manifest["progress"])
-        except FileNotFoundError:
-            return [f"{path.name} is missing"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return [f"{path.name} cannot be read: {error}"]
-        problems = []
-        for name, expected in files.items():
-            file = self.folder / name
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif file.stat().st_size != expected["bytes"]:
-                problems.append(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-            elif _digest(file) != expected:
-                problems.append(f"{name} does not have the content it was written with")
-        return problems
-
-    @property
-    def progress(self) -> Progress:
-        return Progress(**self.manifest["progress"])
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return self.manifest["record"]
-
-    def _tensors(self, kind: str, wanted: Iterable[str] | None) -> dict[str, Tensor]:
-        names = None if wanted is None else set(wanted)
-        tensors = {}
-        for file in self.manifest["files"]:
-            if file.startswith(kind):
-                with safe_open(self.folder / file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118  (not a dict)
-                        if names is None or key.split("::")[0] in names:
-                            tensors[key] = opened.get_tensor(key)
-        return tensors
-
-    def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Trained weights of these names.  Raises UserError if one is missing."""
-        names = list(names)
-        found = self._tensors("weights", names)
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise UserError(f"the checkpoint {self.folder} holds no weight {missing[0]!r} ({len(missing)} are missing)")
-        return found
-
-    def optimizer(self, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Optimizer state of these parameters: tensors and scalars."""
-        return self._tensors("optimizer", names), self.manifest["optimizer"]
+    step: int
+    path: Path | None
+    """None if it could not be written."""
+    errors: list[str]
+    """Why not."""
+    bytes: int
+    """Of all ranks."""
+    waited: float
+    """Training stood still until the one before was written."""
+    paused: float
+    """Training stood still for the copy to host memory, or for the writing where there was no room for a copy."""
+    seconds: float = 0.0
+    """From the trigger until it was whole on the disk."""
+    notes: list[str] = field(default_factory=list)
+    """What went wrong afterwards, with older ones."""
 
 
 class CheckpointManager:
     """Writes and finds the checkpoints of one run."""
 
-    def __init__(self, run_folder: Path, topology: Topology):
+    def __init__(self, run_folder: Path, topology: Topology, retention: Retention | None = None, disk: Disk | None = None):
         self.folder = run_folder / "checkpoints"
         self.topology = topology
+        self.retention, self.disk = retention or Retention(), disk or Disk()
+        self._writer = CheckpointWriter(self.folder, topology, self.disk)
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._ended: SimpleQueue[Saved] = SimpleQueue()
+        # The last checkpoint that was begun, or that the run was resumed from: it is not written twice.
+        self._last_step: int | None = None
+        self._last: Path | None = None
+
+    def resumed_from(self, checkpoint: Checkpoint) -> None:
+        """The run continues from it: there is no need to write it again."""
+        if checkpoint.folder.parent.resolve() == self.folder.resolve():
+            self._last_step, self._last = checkpoint.progress.step, checkpoint.folder
+
+    # ── saving ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(
         self,
         progress: Progress,
-        weights: Mapping[str, Tensor],
-        optimizer_tensors: Mapping[str, Tensor],
-        optimizer_scalars: Mapping[str, Any],
+        groups: Mapping[str, Mapping[str, Tensor]],
+        scalars: Mapping[str, Mapping[str, Any]],
         record: Mapping[str, Any],
-    ) -> Path | None:
-        """Write a checkpoint of this rank's share; collective.  None if it could not be written, with the reason in the log.
+        eval_losses: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin a checkpoint; collective.  When it returns the tensors may change; :meth:`poll` and :meth:`finish` tell the end.
 
-        ``record``: JSON values that the run wants back (settings, seed, what the data was).
+        ``groups``: the tensors that this rank writes, of each kind (``weights``, ``optimizer``, …) by the parameter's name or
+        ``<name>::<anything>``.  What other ranks hold too is given by one of them.  ``scalars``: by kind and name what JSON can
+        hold of this rank's share.  ``record``: JSON values that the run wants back (settings, seed, what the data was).
+        ``eval_losses``: held-out loss by dataset, if it was measured at this step.
+
+        Nothing happens if this step's checkpoint is there already, or is being written.
         """
-        final = self.folder / f"step-{progress.step:08d}"
-        partial = self.folder / f"{_PARTIAL}{final.name}"
-        reports = self.topology.gather(self._main_prepares(partial))
-        if not any(reports):
-            reports = self.topology.gather(self._write_share(partial, weights, optimizer_tensors, optimizer_scalars))
-        errors = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
-        if not errors and self.topology.is_main:
-            errors = self._finish(partial, final, progress, [report for report in reports if report], record)
-        errors = self.topology.broadcast(errors)
-        if errors:
-            log.error("%s", listed(errors, f"checkpoint {final.name} was NOT written, training goes on:"))
-            if self.topology.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            return None
-        return final
-
-    def _main_prepares(self, partial: Path) -> str | None:
-        if self.topology.is_main:
-            try:
-                for leftover in self.folder.glob(f"{_PARTIAL}*"):
-                    shutil.rmtree(leftover)
-                partial.mkdir(parents=True)
-            except OSError as error:
-                return str(error)
-        return None
-
-    def _write_share(
-        self, partial: Path, weights: Mapping[str, Tensor], optimizer_tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
-    ) -> dict[str, Any] | str | None:
-        """This stage's files; returns what the manifest says of them, or an error."""
-        if not self.topology.writes_weights:
-            return None
-        try:
-            files = {}
-            for kind, tensors in (("weights", weights), ("optimizer", optimizer_tensors)):
-                path = partial / f"{kind}-{self.topology.stage:03d}.safetensors"
-                save_safetensors(path, tensors)
-                files[path.name] = _digest(path)
-        except OSError as error:
-            return f"stage {self.topology.stage}: {error}"
-        return {"files": files, "optimizer": scalars}
-
-    def _finish(
-        self, partial: Path, final: Path, progress: Progress, shares: list[dict[str, Any]], record: Mapping[str, Any]
-    ) -> list[str]:
-        manifest = {
-            "version": FORMAT_VERSION,
-            "progress": asdict(progress),
-            "files": {name: entry for share in shares for name, entry in share["files"].items()},
-            "optimizer": {name: entry for share in shares for name, entry in share["optimizer"].items()},
-            "record": record,
-            "written_by": {
-                "stages": self.topology.stages,
-                "replicas": self.topology.replicas,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "deepspeed", "diffusers", "peft")},
-            },
+        began = time.monotonic()
+        waited = self._wait()
+        if progress.step == self._last_step and self.finish():
+            return
+        self._last_step, self._last = progress.step, None
+        mine = {
+            "bytes": sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()),
+            "growth": self._copy.growth(groups),
+            "host": socket.gethostname(),
+            "free": self._free_bytes(),
+            "token": secrets.token_hex(4),
         }
+        everywhere = self.topology.gather(mine)
+        size, free = sum(rank["bytes"] for rank in everywhere), everywhere[0]["free"]
+        saved = Saved(progress.step, None, [], size, waited, 0.0)
+        if free is not None and free < size + ROOM_BYTES:
+            room = f"{_megabytes(size + ROOM_BYTES)} are needed in {self.folder}, {_megabytes(free)} are free"
+            self._end(replace(saved, errors=[f"the disk has no room: {room}; remove something, or keep fewer (keep_last)"]), began)
+            return
+
+        # Ranks of one machine share its memory.
+        growth = sum(rank["growth"] for rank in everywhere if rank["host"] == mine["host"])
+        has_room = growth == 0 or (growth <= available_host_bytes() and self._copy.make_room(groups))
+        contents = self._copy.take(groups) if has_room else live_contents(groups)
+        job = Job(progress, everywhere[0]["token"], contents, scalars, record, eval_losses or {})
+        if has_room:
+            saved = replace(saved, paused=time.monotonic() - began - waited)
+            self._thread = threading.Thread(target=self._write, args=(job, saved, began), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            log.warning("no host memory for a copy of %s: training stands still until it is written", _megabytes(mine["bytes"]))
+            self._write(job, saved, began)
+
+    def poll(self) -> list[Saved]:
+        """What has ended since the last call, on rank 0; it never waits."""
+        ended = []
+        while not self._ended.empty():
+            ended.append(self._ended.get())
+        return ended
+
+    def finish(self) -> Path | None:
+        """Wait until what was begun is written; collective.  The last checkpoint begun, or None if it failed."""
+        self._wait()
+        return self.topology.broadcast(self._last)
+
+    def _wait(self) -> float:
+        began = time.monotonic()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        waited = time.monotonic() - began
+        if waited > LONG_WAIT_SECONDS:
+            log.info("training stood still for %.1f s, until the checkpoint of step %s was written", waited, self._last_step)
+        return waited
+
+    def _free_bytes(self) -> int | None:
         try:
-            with (partial / MANIFEST).open("w") as file:
-                json.dump(manifest, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_folder(partial)
-            partial.rename(final)
-            _sync_folder(self.folder)
+            return self.disk.free_bytes(self.folder)
+        except OSError:
+            return None  # the writing will tell what is wrong
+
+    def _write(self, job: Job, saved: Saved, began: float) -> None:
+        """Beside training, in a thread."""
+        errors = self._writer.write(job)
+        path = self.folder / job.name if self.topology.is_main and not errors else None
+        self._end(replace(saved, path=path, errors=errors), began)
+
+    def _end(self, saved: Saved, began: float) -> None:
+        if not self.topology.is_main:
+            return
+        notes = self._remove_old() if saved.path else []
+        self._last = saved.path
+        self._ended.put(replace(saved, seconds=time.monotonic() - began, notes=notes))
+
+    def _remove_old(self) -> list[str]:
+        """Only now, when the new one is whole.  Damaged ones and those that were set aside are the user's to remove."""
+        try:
+            whole = [checkpoint for checkpoint in self.all() if not checkpoint.problems(quick=True)]
+            for checkpoint in self.retention.to_remove(whole):
+                self.remove(checkpoint.folder)
         except OSError as error:
-            return [str(error)]
+            return [f"an older checkpoint could not be removed: {error}"]
         return []
+
+    def remove(self, folder: Path) -> None:
+        """Remove a checkpoint or what was left of one.  Raises OSError."""
+        # Under another name first, or a stop in the middle would leave what looks like a damaged checkpoint.
+        removed = folder if folder.name.startswith(".") else folder.with_name(f"{REMOVED}{folder.name}")
+        if removed != folder:
+            self.disk.remove_tree(removed)
+            self.disk.rename(folder, removed)
+            self.disk.sync_folder(self.folder)
+        self.disk.remove_tree(removed)
+
+    # ── finding ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def all(self) -> list[Checkpoint]:
         """Checkpoint folders by rising step, whole or not."""
-        folders = [folder for folder in self.folder.glob("step-*") if _NAME.fullmatch(folder.name)] if self.folder.is_dir() else []
-        return [Checkpoint(folder) for folder in sorted(folders)]
+        folders = self.folder.iterdir() if self.folder.is_dir() else []
+        return sorted((Checkpoint(folder) for folder in folders if Checkpoint.is_one(folder)), key=lambda found: found.named_step)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; damaged newer ones are named in the log."""
@@ -244,20 +206,6 @@ class CheckpointManager:
                 return checkpoint
             log.warning("%s", listed(problems, f"checkpoint {checkpoint.folder.name} is damaged and is passed over:"))
         return None
-
-    def set_aside_after(self, step: int) -> None:
-        """Give checkpoints of later steps another name: they are damaged, or belong to a course that this run leaves.
-
-        Otherwise the run would write beside them, and a later start would take the wrong one for the newest.
-        """
-        for checkpoint in self.all():
-            if int(_NAME.fullmatch(checkpoint.folder.name)[1]) > step:
-                aside = checkpoint.folder.with_name(f"set-aside-{checkpoint.folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                checkpoint.folder.rename(aside)
-                log.warning(
-                    "%s is later than the checkpoint that is resumed; it is now called %s", checkpoint.folder.name, aside.name
-                )
 
     def at(self, folder: Path) -> Checkpoint:
         """The checkpoint that the user named.  Raises UserError if it is not whole."""
@@ -270,3 +218,44 @@ class CheckpointManager:
             way_out = f"the newest whole one is {newest.folder}" if newest else "there is no whole one in this run"
             raise UserError(listed(problems, f"--resume {folder}: this checkpoint is damaged ({way_out}):"))
         return checkpoint
+
+    def leftovers(self) -> list[Path]:
+        """What a process that was stopped left half written or half removed."""
+        return sorted([*self.folder.glob(f"{PARTIAL}*"), *self.folder.glob(f"{REMOVED}*")])
+
+    def set_aside(self) -> list[Path]:
+        """Checkpoints that :meth:`set_aside_others` has put away."""
+        return sorted(self.folder.glob(f"{SET_ASIDE}*"))
+
+    # ── at the start of a run ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def remove_leftovers(self) -> None:
+        """At a run's start, when no process of it is writing.  What cannot be removed stays: it is in nobody's way."""
+        for folder in self.leftovers():
+            with suppress(OSError):
+                self.remove(folder)
+
+    def set_aside_others(self, resumed: Checkpoint) -> None:
+        """Give checkpoints of later steps another name: they are damaged, or belong to a course that this run leaves.
+
+        Otherwise the run would write beside them, and a later start would take the wrong one for the newest.  Raises UserError.
+        """
+        for checkpoint in self.all():
+            if checkpoint.named_step < resumed.progress.step or checkpoint.folder.resolve() == resumed.folder.resolve():
+                continue
+            aside = self._unused(checkpoint.folder.with_name(f"{SET_ASIDE}{checkpoint.folder.name}"))
+            try:
+                self.disk.rename(checkpoint.folder, aside)
+                self.disk.sync_folder(self.folder)
+            except OSError as error:
+                raise UserError(f"{checkpoint.folder} is later than what is resumed, and could not be renamed: {error}") from error
+            log.warning("%s is later than the checkpoint that is resumed; it is now called %s", checkpoint.folder.name, aside.name)
+
+    @staticmethod
+    def _unused(path: Path) -> Path:
+        names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 10_000))]
+        return next(name for name in names if not name.exists())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -108,7 +108,7 @@ class SafetensorsFile(TensorFile):
         if rows is not None:
             offset += rows.start * math.prod(shape[1:]) * dtype.itemsize
             shape = (rows.stop - rows.start, *shape[1:])
-        tensor = _own_memory(shape, dtype)
+        tensor = own_memory(shape, dtype)
         unread = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
@@ -135,7 +135,7 @@ class PickledFile(TensorFile):
             self._map()
         tensor = self._mapped[key] if rows is None else self._mapped[key][rows]
         self._touched += tensor.nbytes
-        return _own_memory(tensor.shape, tensor.dtype).copy_(tensor)
+        return own_memory(tensor.shape, tensor.dtype).copy_(tensor)
 
     def _map(self) -> None:
         """Map the file anew.  The old mapping goes, and with it the pages that were read through it."""
@@ -159,7 +159,7 @@ class PickledFile(TensorFile):
         self._mapped = state
 
 
-def _own_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def own_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor.
 
     A large one gets pages of its own, which the system has back as soon as the tensor goes.  From the heap, tensors that live only
@@ -185,7 +185,8 @@ def open_tensor_file(path: Path) -> TensorFile:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.suffix not in OPENERS:
-        raise UserError(f"{path} is not a file of weights; its name should end in {', '.join(OPENERS)}")
+        quantised = " GGUF files are quantised; use the model's bf16, fp16 or fp8 file" if path.suffix == ".gguf" else ""
+        raise UserError(f"{path} is not a file of weights; its name should end in {', '.join(OPENERS)}.{quantised}")
     try:
         return OPENERS[path.suffix](path)
     except OSError as error:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from utils.checkpoints.keymap import KeyMap, Layout, Source
+from utils.checkpoints.scaled_fp8 import with_scales
 from utils.checkpoints.tensor_files import (
     LENGTH_BYTES,
     OPENERS,
@@ -27,7 +28,6 @@ from utils.errors import UserError, listed
 Shape = Sequence[int]
 NAMED = 5
 MODEL_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
-QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
 
 
 class NamedWeights(Protocol):
@@ -44,7 +44,8 @@ class WeightSource:
     """The weights of one model in a file, several files, or a folder.  Opening it reads headers only.
 
     A folder may hold a diffusers or released model (``diffusion_pytorch_model*.safetensors``, with an index or without), or any
-    ``.safetensors`` or ``.pth`` files, of which those that hold this model are taken.
+    ``.safetensors`` or ``.pth`` files, of which those that hold this model are taken.  Weights stored in fp8 are given as what they
+    stand for (see ``scaled_fp8.py``).
 
     Raises UserError for what is missing, not whole, unsafe to read, or not of this model.
     """
@@ -66,9 +67,7 @@ class WeightSource:
                 f"or {', '.join(key_map.examples('released', 3))} (original release)"
             )
         if problems := key_map.unknown_problems(names, layout):
-            quantised = any(key.endswith(QUANTISED) for key in key_map.unknown(names, layout))
-            advice = "\nThese are quantised weights with scales; use the bf16 or fp16 file of the model." if quantised else ""
-            raise UserError(listed(problems, f"{where} holds tensors that this model does not have:") + advice)
+            raise UserError(listed(problems, f"{where} holds tensors that this model does not have:"))
         self.layout, self.files = layout, [file.path for file in files]
         self._files = files
         self._places: dict[str, tuple[TensorFile, str, Source]] = {
@@ -111,19 +110,23 @@ def _open(path: Path, key_map: KeyMap) -> list[TensorFile]:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_file():
-        return [open_tensor_file(path)]
+        return [_weights_in(path)]
     if named := _indexed(path, "*.safetensors.index.json") or _first_match(path, MODEL_FILES):
-        return [open_tensor_file(file) for file in named]
+        return [_weights_in(file) for file in named]
     loose = sorted(path.glob("*.safetensors"))
     if not loose:
         if named := _indexed(path, "*.bin.index.json"):
-            return [open_tensor_file(file) for file in named]
+            return [_weights_in(file) for file in named]
         loose = sorted(file for file in path.iterdir() if file.suffix in OPENERS)
     if not loose:
         raise UserError(f"{path} holds no weights: no file in it ends in {', '.join(OPENERS)}")
     # These names say nothing about what is inside, and a folder may hold a VAE and text encoders too.
-    files = [open_tensor_file(file) for file in loose]
+    files = [_weights_in(file) for file in loose]
     return [file for file in files if key_map.layout_of(file.entries)] or files
+
+
+def _weights_in(path: Path) -> TensorFile:
+    return with_scales(open_tensor_file(path))
 
 
 def _first_match(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -194,7 +197,8 @@ def _shortened(names: list[str]) -> str:
 def canonical_name(name: str) -> str:
     """A parameter's diffusers name, without what PEFT puts in (``default`` is its name for the one adapter).
 
-    ``x.base_layer.weight`` -> ``x.weight``; ``x.lora_A.default.weight`` -> ``x.lora_A.weight``.
+    ``x.base_layer.weight`` -> ``x.weight``; ``x.lora_A.default.weight`` -> ``x.lora_A.weight``; ``x.hada_w1_a.default`` ->
+    ``x.hada_w1_a``.
     """
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "default"))
 
@@ -282,6 +286,20 @@ def save_safetensors(
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    names, header = safetensors_header(tensors, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in names:
+            file.write(bytes_of(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    """The tensors' names in the order in which their bytes follow, one after the other, and all that stands before the first.
+
+    Raises ValueError for a dtype that the format does not have.
+    """
     dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if strange := [name for name, info in infos.items() if info.dtype not in dtype_names]:
@@ -297,12 +315,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         offset = span[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        for name in ordered:
-            file.write(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
+    return ordered, len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's values as a file has them, on the host."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def verify_safetensors(path: Path) -> SafetensorsFile:

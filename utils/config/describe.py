@@ -1,6 +1,7 @@
 """The schema's types and a file's values in words, for error messages and for ``configs/README.md``."""
 
 import difflib
+import json
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,11 +31,13 @@ def _in_words(annotation: Any, metadata: list[Any], words: dict[type, str]) -> s
     if origin in (Union, UnionType):
         return " or ".join(_in_words(part, metadata, words) for part in arguments if part is not type(None))
     if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(f'"{value}"' for value in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(json.dumps(value) for value in arguments)
     if origin is list:
         return f"a list of {_in_words(arguments[0], [], _PLURAL)}" if words is _SINGULAR else "lists"
     if origin is tuple:
         return f"a list of {len(arguments)} {_in_words(arguments[0], [], _PLURAL)}"
+    if origin is dict:
+        return f"a table of {_in_words(arguments[1], [], _PLURAL)}"
     if table_of(annotation):
         return "a table" if words is _SINGULAR else "tables"
     bounds = [f"{_BOUNDS[type(part)][0]} {getattr(part, _BOUNDS[type(part)][1])}" for part in metadata if type(part) in _BOUNDS]
@@ -43,9 +46,9 @@ def _in_words(annotation: Any, metadata: list[Any], words: dict[type, str]) -> s
 
 
 def choices(annotation: Any) -> list[str]:
-    """The values of a ``Literal``, also of an optional one."""
+    """The texts of a ``Literal``, also of an optional one."""
     if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
+        return [value for value in get_args(annotation) if isinstance(value, str)]
     return [value for part in get_args(annotation) for value in choices(part)]
 
 

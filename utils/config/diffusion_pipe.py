@@ -59,11 +59,10 @@ REFUSED = {
 
 DATASET_REFUSED = {
     "mask_path": "training with masks is not offered; remove the key",
-    "shuffle_tags": "captions are used as they are written; remove the key",
-    "cache_shuffle_num": "captions are used as they are written; remove the key",
-    "cache_shuffle_delimiter": "captions are used as they are written; remove the key",
 }
 """The same for the dataset file, where these may stand at the top or in a directory."""
+DATASET_RENAMED = {"cache_shuffle_delimiter": "tag_delimiter"}
+DATASET_NO_EFFECT = {"online_captions": "captions are read at every start, and those that changed are encoded again"}
 
 
 def translate_main(file: TomlFile, problems: list[str], notices: list[str]) -> None:
@@ -81,8 +80,8 @@ def translate_main(file: TomlFile, problems: list[str], notices: list[str]) -> N
         special(file, problems, notices)
 
 
-def translate_dataset(file: TomlFile, problems: list[str]) -> None:
-    """Refuse diffusion-pipe's dataset keys that we do not have; they all change what is trained."""
+def translate_dataset(file: TomlFile, problems: list[str], notices: list[str]) -> None:
+    """Rewrite the dataset file's table to our names, and refuse the keys without which training would be another one."""
     directories = file.table.get("directory")
     tables: list[Keys] = [(), *(("directory", index) for index in range(len(directories) if isinstance(directories, list) else 0))]
     for table in tables:
@@ -91,6 +90,14 @@ def translate_dataset(file: TomlFile, problems: list[str]) -> None:
             if file.get(keys) is not None:
                 file.pop(keys)
                 problems.append(f"{file.place(keys)}: {dotted(keys)} is not read here: {way_out}")
+        for old, new in DATASET_RENAMED.items():
+            _rename(file, (*table, old), (*table, new), problems, notices)
+        for name, reason in DATASET_NO_EFFECT.items():
+            keys = (*table, name)
+            if file.get(keys) is not None:
+                notices.append(f"{file.place(keys)}: {dotted(keys)} = {shown(file.pop(keys))} has no effect here: {reason}")
+        _shuffled_captions(file, table, problems, notices)
+        _captionless(file, table, problems, notices)
 
 
 def hand_over_clip_mode(main: TomlFile, datasets: list[TomlFile], notices: list[str]) -> None:
@@ -165,6 +172,45 @@ def _monitoring(file: TomlFile, problems: list[str], notices: list[str]) -> None
         notices.append(f"{place}: [monitoring] is read as [wandb]")
 
 
+def _shuffled_captions(file: TomlFile, table: Keys, problems: list[str], notices: list[str]) -> None:
+    """``cache_shuffle_num`` is how often each caption is shuffled and cached; 0 leaves the captions to ``shuffle_tags``."""
+    keys, ours, shuffle = (*table, "cache_shuffle_num"), (*table, "caption_variants"), (*table, "shuffle_tags")
+    number = file.get(keys)
+    if number is None:
+        return
+    place = file.place(keys)
+    file.pop(keys)
+    if type(number) is not int or number < 0:
+        problems.append(f"{place}: {dotted(keys)} must be a whole number of at least 0, got {shown(number)}")
+    elif number == 0:
+        notices.append(f"{place}: {dotted(keys)} = 0 has no effect here: shuffle_tags alone says whether tags are shuffled")
+    elif file.get(ours) is not None:
+        problems.append(f"{place}: {dotted(keys)} is another name for {dotted(ours)}, which is given too; remove one of them")
+    else:
+        file.put(ours, number, place)
+        file.put(shuffle, True, place)
+        notices.append(
+            f"{place}: {dotted(keys)} = {number} is read as shuffle_tags = true and caption_variants = {number}; an epoch shows an "
+            f"item with one of its variants, not with each: num_repeats = {number} makes the epoch as long as it was"
+        )
+
+
+def _captionless(file: TomlFile, table: Keys, problems: list[str], notices: list[str]) -> None:
+    """``skip_empty_caption`` leaves items without a caption out; here they are named before anything is trained."""
+    keys, ours = (*table, "skip_empty_caption"), (*table, "on_missing_caption")
+    if not isinstance(value := file.get(keys), bool):
+        return  # absent, or refused as an unknown key
+    place = file.place(keys)
+    file.pop(keys)
+    if file.get(ours) is not None:
+        problems.append(f"{place}: {dotted(keys)} is another name for {dotted(ours)}, which is given too; remove one of them")
+        return
+    file.put(ours, "error" if value else "empty", place)
+    meaning = "an item without a caption is an error, and not left out" if value else "an item without a caption has an empty one"
+    told = f'on_missing_caption = "{file.get(ours)}"'
+    notices.append(f"{place}: {dotted(keys)} = {str(value).lower()} is read as {told}: {meaning}")
+
+
 def _v_pred(file: TomlFile, problems: list[str], notices: list[str]) -> None:
     """``v_pred`` of SDXL is a choice of ``prediction``; zero terminal SNR goes with it in both."""
     keys, ours = ("model", "v_pred"), ("model", "prediction")
@@ -179,4 +225,11 @@ def _v_pred(file: TomlFile, problems: list[str], notices: list[str]) -> None:
     notices.append(f'{place}: model.v_pred = {str(value).lower()} is read as prediction = "{prediction}"')
 
 
-_SPECIAL: list[Callable[[TomlFile, list[str], list[str]], None]] = [_unsloth, _eval_datasets, _monitoring, _v_pred]
+def _whole_rank(file: TomlFile, problems: list[str], notices: list[str]) -> None:
+    """``rank = 1e6``, as a LoKr that is not decomposed is written there, is a number with a point in TOML."""
+    keys = ("adapter", "rank")
+    if isinstance(value := file.get(keys), float) and value.is_integer():
+        file.put(keys, int(value), file.place(keys))
+
+
+_SPECIAL: list[Callable[[TomlFile, list[str], list[str]], None]] = [_unsloth, _eval_datasets, _monitoring, _v_pred, _whole_rank]

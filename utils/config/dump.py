@@ -17,9 +17,12 @@ from utils.config.describe import allowed
 from utils.config.load import LoadedConfig
 from utils.config.schema import (
     AdapterConfig,
+    AdapterOverride,
     DatasetConfig,
     DirectoryConfig,
+    EmaConfig,
     EvalDataset,
+    LimitsConfig,
     ModelOptions,
     OptimizerConfig,
     RunConfig,
@@ -32,7 +35,10 @@ TABLES: dict[str, type[Table]] = {
     "Entries of `eval_datasets`": EvalDataset,
     "`[model]`": ModelOptions,
     "`[adapter]`": AdapterConfig,
+    "`[[adapter.override]]`": AdapterOverride,
     "`[optimizer]`": OptimizerConfig,
+    "`[ema]`": EmaConfig,
+    "`[limits]`": LimitsConfig,
     "`[wandb]`": WandbConfig,
     "Dataset file": DatasetConfig,
     "`[[directory]]` in the dataset file": DirectoryConfig,
@@ -85,7 +91,7 @@ def _same(field: FieldInfo, other: FieldInfo | None) -> bool:
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "**needed**"
-    return "" if field.default is None else f"`{_toml(field.default)}`"
+    return "" if field.default is None or field.default == {} else f"`{_toml(field.default)}`"
 
 
 def _toml(value: Any) -> str:

@@ -18,6 +18,8 @@ from utils.config.schema import (
     AdapterConfig,
     DatasetConfig,
     DirectoryConfig,
+    EmaConfig,
+    LimitsConfig,
     ModelOptions,
     OptimizerConfig,
     RunConfig,
@@ -34,6 +36,8 @@ HOMES: dict[str, type[Table]] = {
     "of [model]": ModelOptions,
     "of [adapter]": AdapterConfig,
     "of [optimizer]": OptimizerConfig,
+    "of [ema]": EmaConfig,
+    "of [limits]": LimitsConfig,
     "of [wandb]": WandbConfig,
     "of the dataset file": DatasetConfig,
     "of [[directory]] in the dataset file": DirectoryConfig,
@@ -96,7 +100,7 @@ def load_config(path: Path, options_of: Callable[[str], type[ModelOptions]], ove
     run = _check(RunConfig, main, table, (), problems)
     datasets = {}
     for keys, file in files.items():
-        translate_dataset(file, problems)
+        translate_dataset(file, problems, notices)
         datasets[keys] = _check(DatasetConfig, file, file.table, (), problems)
     if problems:
         raise ConfigError(_in_reading_order(problems))

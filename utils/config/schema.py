@@ -8,6 +8,7 @@ Impossible combinations are refused by validators of single fields that look at 
 they are reported together with every other problem, at the line of the key.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,8 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+
+from utils.stopping import LEAST_MARGIN_SECONDS
 
 
 def _whole(value: Any) -> bool:
@@ -50,6 +53,55 @@ def _size_bucket(value: Any) -> Any:
     return value
 
 
+def block_numbers(text: str) -> set[int]:
+    """The numbers that a text like ``0-9,20`` names.  ValueError for another text, and for a range that names none."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not found:
+            raise ValueError(f'{text!r} names no blocks; write numbers, and ranges from low to high, like "0-9,20"')
+        numbers.update(found)
+    return numbers
+
+
+def _block_ranges(value: str | dict[str, str]) -> str | dict[str, str]:
+    for text in [value] if isinstance(value, str) else value.values():
+        block_numbers(text)
+    return value
+
+
+def seconds_in(text: str) -> float:
+    """The seconds in a text like ``3h50m``, ``90s`` or ``1d``.  ValueError for another text, and for no time at all."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    found = re.fullmatch(r"\s*(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?\s*(?:(\d+)s)?\s*", text)
+    seconds = sum(int(number or 0) * size for number, size in zip(found.groups(), units.values(), strict=True)) if found else 0
+    if not seconds:
+        raise ValueError(f'{text!r} is no time; write days, hours, minutes and seconds, in this order, like "3h50m" or "90s"')
+    return float(seconds)
+
+
+def _time(value: str) -> str:
+    seconds_in(value)
+    return value
+
+
+def _encoding(value: str) -> str:
+    try:
+        b"a".decode(value)
+    except LookupError as error:
+        raise ValueError('it is no encoding of texts that is known; write one like "cp1252", "shift_jis" or "gb18030"') from error
+    except UnicodeError:
+        pass  # one of more than a byte for each sign
+    return value
+
+
+def _tag_delimiter(value: str) -> str:
+    if not value:
+        raise ValueError('it may not be empty; tags are divided by a text like ", "')
+    return value
+
+
 def _folder_name(value: str) -> str:
     if not value.strip(".") or any(sign in value for sign in "/\\"):
         raise ValueError("it becomes the name of a folder or file, so it may not be empty or hold a slash")
@@ -68,6 +120,10 @@ Name = Annotated[str, AfterValidator(_folder_name)]
 Resolution = Annotated[int | list[int], BeforeValidator(_resolution), "sides and [width, height] pairs"]
 AspectRatio = Annotated[float | list[int], BeforeValidator(_aspect_ratio), "ratios and [width, height] pairs"]
 SizeBucket = Annotated[list[int], BeforeValidator(_size_bucket), "[width, height, frames]"]
+BlockRanges = Annotated[str | dict[str, str], AfterValidator(_block_ranges), 'numbers like "0-9,20", or a table of them']
+Time = Annotated[str, AfterValidator(_time), 'a time like "3h50m"']
+Encoding = Annotated[str, AfterValidator(_encoding)]
+TagDelimiter = Annotated[str, AfterValidator(_tag_delimiter)]
 FrameBuckets = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
@@ -142,19 +198,41 @@ class ModelOptions(Table):
         return value
 
 
+class AdapterOverride(Table):
+    """``[[adapter.override]]``: another rank or strength for some of the modules."""
+
+    modules: str | list[str]
+    """The modules, in the form of `target_modules`. Each must match one that gets an adapter."""
+    rank: PositiveInt | None = None
+    """Rank of these modules' matrices. Default: `[adapter] rank`."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Alpha of these modules. Default: `[adapter] alpha`, or without it their rank."""
+
+    @field_validator("alpha")
+    @classmethod
+    def _says_something(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("rank", 0) is None:
+            raise ValueError("give a rank or an alpha, or these modules are like the others")
+        return value
+
+
 class AdapterConfig(Table):
     """``[adapter]``: train a small adapter. Without this table the whole transformer is trained."""
 
-    type: Literal["lora", "rslora"] = "lora"
-    """The kind of adapter. `rslora` is scaled by alpha / sqrt(rank) instead."""
+    type: Literal["lora", "rslora", "dora", "loha", "lokr"] = "lora"
+    """The kind of adapter. `rslora` is a LoRA scaled by alpha / sqrt(rank), `dora` a LoRA that also learns the length of each row
+    of the weight, `loha` the product of two LoRAs, element by element, `lokr` a Kronecker product."""
     rank: PositiveInt
-    """Rank of the adapter's matrices."""
+    """Rank of the adapter's matrices. For `lokr` a rank that is too high to save anything keeps the larger factor whole."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The adapter is scaled by alpha / rank. Default: `rank`, a scale of 1."""
-    init_from: FilePath | None = None
-    """A LoRA file of the same rank to start from, of ComfyUI, diffusers, kohya or PEFT, instead of from nothing."""
+    decompose_factor: PositiveInt | None = None
+    """For `lokr`: the size that the smaller factor has if it divides the module's. Default: near the square root."""
+    init_from: FilePath | list[FilePath] | None = None
+    """A file of the same kind and rank to start from, of ComfyUI, diffusers, kohya or PEFT, instead of from nothing. A list where a
+    run's adapter is exported as several files, as that of both transformers of Wan 2.2 A14B."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. Not for `loha` and `lokr`."""
     dtype: TrainingDtype = "float32"
     """The dtype of the adapter's weights."""
     target_modules: str | list[str] | None = None
@@ -162,6 +240,25 @@ class AdapterConfig(Table):
     Default: the family's."""
     exclude_modules: str | list[str] | None = None
     """Modules that are left out although `target_modules` matches, in the same form."""
+    layers: BlockRanges | None = None
+    """Only blocks of these numbers get an adapter: `"0-9,20"`. Where the model has several lists of blocks, a table with the
+    numbers of each: `{transformer_blocks = "0-9", single_transformer_blocks = "20-37"}`; a list that is not named gets none."""
+    override: list[AdapterOverride] = []
+    """Modules with a rank or alpha of their own."""
+
+    @field_validator("decompose_factor")
+    @classmethod
+    def _is_of_a_lokr(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("type", "lokr") != "lokr":
+            raise ValueError(f'it is only read with type = "lokr", which is {info.data["type"]!r}; remove one of them')
+        return value
+
+    @field_validator("dropout")
+    @classmethod
+    def _has_an_input(cls, value: float, info: ValidationInfo) -> float:
+        if value and (kind := info.data.get("type")) in ("loha", "lokr"):
+            raise ValueError(f'type = "{kind}" is added to the weight and has no input to drop; remove it, or use a lora or dora')
+        return value
 
 
 class OptimizerConfig(Table):
@@ -173,6 +270,9 @@ class OptimizerConfig(Table):
     """Name in the table of optimizers (`adamw`, `sgd`, `adafactor`, `muon`, …) or a class of pytorch_optimizer."""
     lr: Annotated[float, Field(ge=0)]
     """Learning rate after the warm-up."""
+    part_lr: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Learning rates of parts of the model, as `[optimizer.part_lr]` with `part = rate`; 0 freezes the part. `lr` is the rate of
+    the rest, which an `lr` of 0 freezes. Each family's page names its parts."""
     betas: Pair | None = None
     """Decay rates of the running averages. Default: the optimizer's."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -181,6 +281,42 @@ class OptimizerConfig(Table):
     """The optimizer's epsilon. Default: the optimizer's."""
     master_weights: bool = True
     """Keep an fp32 copy of trained bf16 or fp16 weights, so that small updates are not lost. Costs 4 bytes a weight."""
+    zero: Literal[0, 1] = 0
+    """1: ZeRO stage 1, the optimizer's state and the fp32 copies are spread over the replicas, each of which keeps its share. The
+    weights are the same, bit for bit; a step sends each of them once more. It may change when a run is resumed."""
+
+
+class LimitsConfig(Table):
+    """``[limits]``: when a run ends before it is done."""
+
+    time: Time | None = None
+    """Time of the job, from its start (under Slurm the job's). Shortly before it is over, by at least a minute and by what a step
+    and a checkpoint took so far, the run saves and ends with exit code 75, which asks for another start."""
+    hang_timeout: Time | None = None
+    """A step that takes longer is taken for hung: the stacks of all ranks are written to the run's folder, and the run ends for a
+    restart. The first steps of a start are not measured. Default: ten times the recent steps, and at least 10 minutes."""
+
+    @field_validator("time")
+    @classmethod
+    def _leaves_room(cls, value: str | None) -> str | None:
+        if value is not None and seconds_in(value) <= LEAST_MARGIN_SECONDS:
+            raise ValueError(f"it must be above {LEAST_MARGIN_SECONDS:.0f} s, which are kept free at its end for saving")
+        return value
+
+
+class EmaConfig(Table):
+    """``[ema]``: also keep an exponential moving average of the trained weights, which is exported beside them."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+    """How much of the average stays at each step: 0.999 averages about the last 1000 steps."""
+    start_step: Annotated[int, Field(ge=0)] = 0
+    """Steps before the average begins."""
+    ramp: bool = True
+    """Average fewer steps at first, with a decay of (1 + n) / (10 + n) in the n-th step until that is above `decay`."""
+    evaluate: bool = False
+    """Measure the held-out loss with the average instead of the weights."""
+    offload: bool = False
+    """Keep the average in host memory. It saves 4 bytes a trained weight on the GPU; each step copies the weights to the host."""
 
 
 class WandbConfig(Table):
@@ -231,6 +367,9 @@ class RunConfig(Table):
     """Micro-batches per optimizer step and replica. With stages, at least twice their number keeps them busy."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the whole gradient. 0: no clipping."""
+    max_bad_steps: PositiveInt = 20
+    """A step whose loss or gradient is not finite is skipped, and its samples are named. After so many in a row the run ends, with
+    a checkpoint that has the weights of the last good step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from near 0."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
@@ -271,12 +410,24 @@ class RunConfig(Table):
     eval_timesteps: list[Annotated[float, Field(gt=0, lt=1)]] = [0.1, 0.3, 0.5, 0.7, 0.9]
     """Quantiles of the timestep distribution at which the held-out loss is measured."""
 
+    keep_last: PositiveInt | Literal["all"] = 3
+    """Keep so many of the newest checkpoints. An older one is removed when a new one is whole on the disk. Exports always stay."""
+    keep_every_n_steps: PositiveInt | None = None
+    """Keep the first checkpoint of each so many steps as well."""
+    keep_best: PositiveInt | None = None
+    """Keep so many checkpoints with the lowest held-out loss as well (the mean over `eval_datasets`). Each evaluation then writes a
+    checkpoint."""
+
     model: SerializeAsAny[ModelOptions]
     """The model."""
     adapter: AdapterConfig | None = None
     """The adapter; absent for full fine-tuning."""
     optimizer: OptimizerConfig
     """The optimizer."""
+    limits: LimitsConfig | None = None
+    """How long the run and a step may take."""
+    ema: EmaConfig | None = None
+    """An average of the trained weights; absent: none."""
     wandb: WandbConfig | None = None
     """Weights & Biases; absent: not used."""
 
@@ -292,6 +443,23 @@ class RunConfig(Table):
     def _has_an_end(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is None and info.data.get("epochs", 0) is None:
             raise ValueError("give epochs or max_steps, or the run has no end")
+        return value
+
+    @field_validator("keep_every_n_steps", "keep_best")
+    @classmethod
+    def _keeps_more(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("keep_last") == "all":
+            raise ValueError('keep_last = "all" keeps every checkpoint already; give a number there, or remove this key')
+        return value
+
+    @field_validator("keep_best")
+    @classmethod
+    def _has_losses(cls, value: int | None, info: ValidationInfo) -> int | None:
+        when = ("eval_every_n_steps", "eval_every_n_epochs")
+        if value is not None and info.data.get("eval_datasets") == []:
+            raise ValueError("without eval_datasets there is no held-out loss to compare by")
+        if value is not None and all(key in info.data and info.data[key] is None for key in when):
+            raise ValueError(f"no held-out loss is measured; set {' or '.join(when)}")
         return value
 
     @field_validator("partition_split")
@@ -325,7 +493,7 @@ class DirectoryConfig(Table):
     """``[[directory]]``: a folder of pictures and clips.  Keys of the dataset file may be repeated here to override it."""
 
     path: FilePath
-    """The folder. Captions stand beside the files, in `.txt` files of the same name."""
+    """The folder. Captions stand beside the files, in `.txt` or `.json` files of the same name, or in `captions.json`."""
     num_repeats: PositiveInt | None = None
     """How often an epoch shows each item. Default: the dataset file's."""
     resolutions: list[Resolution] | None = None
@@ -336,10 +504,48 @@ class DirectoryConfig(Table):
     """Overrides the dataset file's."""
     enable_ar_bucket: bool | None = None
     """Overrides the dataset file's."""
+    min_ar: Annotated[float, Field(gt=0)] | None = None
+    """Overrides the dataset file's."""
+    max_ar: Annotated[float, Field(gt=0)] | None = None
+    """Overrides the dataset file's."""
+    num_ar_buckets: PositiveInt | None = None
+    """Overrides the dataset file's."""
+    ar_buckets: list[AspectRatio] | None = None
+    """Overrides the dataset file's."""
     caption_prefix: str | None = None
+    """Overrides the dataset file's."""
+    caption_suffix: str | None = None
+    """Overrides the dataset file's."""
+    trigger_word: str | None = None
+    """Overrides the dataset file's."""
+    captions_per_line: bool | None = None
+    """Overrides the dataset file's."""
+    caption_encoding: Encoding | None = None
+    """Overrides the dataset file's."""
+    on_missing_caption: Literal["error", "empty"] | None = None
+    """Overrides the dataset file's."""
+    caption_wildcards: bool | None = None
+    """Overrides the dataset file's."""
+    shuffle_tags: bool | None = None
+    """Overrides the dataset file's."""
+    tag_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Overrides the dataset file's."""
+    keep_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Overrides the dataset file's."""
+    tag_delimiter: TagDelimiter | None = None
+    """Overrides the dataset file's."""
+    caption_variants: PositiveInt | None = None
+    """Overrides the dataset file's."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
     """Overrides the dataset file's."""
     control_path: FilePath | list[FilePath] | None = None
     """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
+
+    @property
+    def control_paths(self) -> list[Path]:
+        """The folders of ``control_path``."""
+        given = self.control_path or []
+        return given if isinstance(given, list) else [given]
 
 
 class DatasetConfig(Table):
@@ -369,6 +575,32 @@ class DatasetConfig(Table):
     """How often an epoch shows each item."""
     caption_prefix: str = ""
     """Text put before every caption."""
+    caption_suffix: str = ""
+    """Text put after every caption."""
+    trigger_word: str = ""
+    """A word put before each caption that does not hold it, followed by `tag_delimiter`."""
+    captions_per_line: bool = False
+    """Each line of a `.txt` file is a caption of its own. Training shows one at a time."""
+    caption_encoding: Encoding = "utf-8"
+    """How caption files are encoded that have no byte order mark, as UTF-16 has."""
+    on_missing_caption: Literal["error", "empty"] = "error"
+    """`empty` gives an item without a caption file an empty caption; how many there are is reported."""
+    caption_wildcards: bool = False
+    """`{red|blue}` in a caption is one of the two, `{3::red|blue}` three times as often red; choices may hold choices. A
+    sign after a backslash is the sign itself."""
+    shuffle_tags: bool = False
+    """Shuffle the tags that a caption is made of."""
+    tag_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which each tag is left out."""
+    keep_tokens: Annotated[int, Field(ge=0)] = 0
+    """So many tags at the start of a caption stay there, and are not left out."""
+    tag_delimiter: TagDelimiter = ", "
+    """What is between tags; the spaces around it do not matter."""
+    caption_variants: PositiveInt = 4
+    """How many texts are made and encoded of an item whose captions vary by wildcards, shuffling or tag dropout; each caption has
+    at least one. More of them take more room in the cache."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability with which an item is shown with an empty caption, without prefix and trigger word."""
     directory: Annotated[list[DirectoryConfig], Field(min_length=1)]
     """The folders, at least one."""
 

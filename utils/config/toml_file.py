@@ -57,11 +57,14 @@ class TomlFile:
         return value
 
     def put(self, keys: Keys, value: Any, place: str) -> None:
-        """Set a value; tables on the way are made.  Raises UserError where something else than a table is in the way."""
+        """Set a value; tables on the way are made, an entry of a list must be there.
+
+        Raises UserError where something else than a table is in the way.
+        """
         table = self.table
         for depth, key in enumerate(keys[:-1], 1):
-            table = table.setdefault(key, {})
-            if not isinstance(table, dict):
+            table = table.setdefault(key, {}) if isinstance(table, dict) else table[key]
+            if not (isinstance(table, dict) or (isinstance(table, list) and isinstance(keys[depth], int))):
                 raise UserError(f"{place}: {dotted(keys[:depth])} is not a table, so it has no key {dotted(keys[depth:])}")
         table[keys[-1]] = value
         self.places[keys] = place

@@ -14,15 +14,18 @@ import torch
 from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, Bucket, MicroBatch, Sample
+from utils.data.variants import as_shown
 from utils.draw import Draw, generator
 
+Alike = tuple[Bucket, int]
+"""What samples of one micro-batch have in common: the bucket, and the number of control pictures."""
 Members = tuple[tuple[str, int], ...]
 """Samples' keys, each with the number of times that the epoch has shown the sample before."""
 
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """Which samples travel through the pipeline together; all are of one bucket."""
+    """Which samples travel through the pipeline together; all are of one bucket and have as many control pictures."""
 
     index: int
     """Its place in the list that it came from: for a training step, in the global batch."""
@@ -42,17 +45,18 @@ class MicroBatchPlan:
 class EpochOrder:
     """Micro-batches of every epoch.
 
-    In an epoch each sample appears ``num_repeats`` times, shuffled within its bucket; micro-batches of all buckets are shuffled
-    among each other.  Nothing is dropped: what is missing from a bucket's last micro-batch, or from an epoch's last step, is filled
-    with samples that the epoch shows once more.  Every appearance has another occurrence number and so draws other noise.
+    In an epoch each sample appears ``num_repeats`` times, shuffled within its bucket (samples with another number of control
+    pictures count as another bucket); micro-batches of all buckets are shuffled among each other.  Nothing is dropped: what is
+    missing from a bucket's last micro-batch, or from an epoch's last step, is filled with samples that the epoch shows once more.
+    Every appearance has another occurrence number and so draws other noise.
     """
 
     def __init__(self, samples: Sequence[Sample], micro_batch_size: int, seed: int):
         self.samples = sorted(samples, key=lambda sample: sample.key)
         self.micro_batch_size, self.seed = micro_batch_size, seed
-        self._buckets: dict[Bucket, list[Sample]] = {}
+        self._buckets: dict[Alike, list[Sample]] = {}
         for sample in self.samples:
-            self._buckets.setdefault(sample.bucket, []).append(sample)
+            self._buckets.setdefault((sample.bucket, len(sample.controls)), []).append(sample)
         self._latest: tuple[int, list[MicroBatchPlan]] | None = None
 
     @property
@@ -72,16 +76,18 @@ class EpochOrder:
     def micro_batches(self, epoch: int) -> list[MicroBatchPlan]:
         """The whole epoch in its order, without what completes the last step."""
         if self._latest is None or self._latest[0] != epoch:
-            groups = [members for bucket in sorted(self._buckets) for members in self._bucket_groups(bucket, epoch)]
+            groups = [members for alike in sorted(self._buckets) for members in self._bucket_groups(alike, epoch)]
             order = torch.randperm(len(groups), generator=generator(self.seed, epoch, "order of micro-batches")).tolist()
             self._latest = (epoch, [MicroBatchPlan(index, groups[place]) for index, place in enumerate(order)])
         return self._latest[1]
 
-    def _bucket_groups(self, bucket: Bucket, epoch: int) -> list[Members]:
+    def _bucket_groups(self, alike: Alike, epoch: int) -> list[Members]:
         """One bucket's samples, shuffled, in micro-batches; the last one is completed from the start."""
-        samples = self._buckets[bucket]
+        samples = self._buckets[alike]
+        bucket, controls = alike
+        purpose = f"order of {bucket}" + (f" with {controls} control pictures" if controls else "")
         members = [(sample.key, occurrence) for sample in samples for occurrence in range(sample.num_repeats)]
-        order = torch.randperm(len(members), generator=generator(self.seed, epoch, f"order of {bucket}")).tolist()
+        order = torch.randperm(len(members), generator=generator(self.seed, epoch, purpose)).tolist()
         shuffled = [members[place] for place in order]
         shown = Counter({sample.key: sample.num_repeats for sample in samples})
         lacking = -len(members) % self.micro_batch_size
@@ -131,9 +137,11 @@ class BatchLoader:
         self.cache, self.encoders, self.num_threads = cache, encoders, num_threads
         self._samples = {sample.key: sample for sample in samples}
 
-    def read(self, plan: MicroBatchPlan) -> Batch:
-        """The cached tensors of a micro-batch.  Raises UserError if the cache has lost them."""
-        rows = [self.cache.read(self._samples[sample], self.encoders) for sample, _ in plan.members]
+    def read(self, plan: MicroBatchPlan, draw: Draw) -> Batch:
+        """The cached tensors of a micro-batch with the captions of this draw.  Raises UserError if the cache has lost them."""
+        places = zip(plan.members, plan.keys, strict=True)
+        samples = [as_shown(self._samples[sample], place, draw) for (sample, _), place in places]
+        rows = [self.cache.read(sample, self.encoders) for sample in samples]
         return Batch(plan.keys, {name: [row[name] for row in rows] for name in rows[0]})
 
     def prepared(
@@ -157,4 +165,4 @@ class BatchLoader:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, plan: MicroBatchPlan, draw: Draw, prepare: Callable[[Batch, Draw], MicroBatch]) -> MicroBatch:
-        return prepare(self.read(plan), draw)
+        return prepare(self.read(plan, draw), draw)

@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.media import MediaInfo, frames_at
-from utils.data.values import Bucket, SizeRules
+from utils.data.values import ANY_CONTROLS, Bucket, ControlRules, SizeRules
 
 
 def settings_for(dataset: DatasetConfig, directory: DirectoryConfig) -> DatasetConfig:
@@ -17,6 +17,8 @@ def settings_for(dataset: DatasetConfig, directory: DirectoryConfig) -> DatasetC
     own = {name: value for name, value in directory if name in DatasetConfig.model_fields and value is not None}
     if "resolutions" in own:
         own.setdefault("size_buckets", None)  # or the dataset's explicit sizes would go before the directory's resolutions
+    if own.keys() & {"min_ar", "max_ar", "num_ar_buckets"}:
+        own.setdefault("ar_buckets", None)  # likewise
     return dataset.model_copy(update=own)
 
 
@@ -65,12 +67,15 @@ def assign(info: MediaInfo, buckets: list[Bucket], rules: SizeRules, fps: float 
     return min(fitting, key=misfit)
 
 
-def problems(dataset: DatasetConfig, rules: SizeRules) -> list[str]:
+def problems(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules = ANY_CONTROLS) -> list[str]:
     """Settings that this model cannot be trained with, each with its key, the value, and what is allowed."""
     found: dict[str, None] = {}
     for directory in dataset.directory:
+        if problem := _control_problem(directory, controls):
+            found[f"[[directory]] {directory.path}: {problem}"] = None
         for key, problem in _problems(settings_for(dataset, directory), rules):
-            place = f"[[directory]] {directory.path}: {key}" if getattr(directory, key, None) is not None else key
+            is_own = any(getattr(directory, part, None) is not None for part in key.split(", "))
+            place = f"[[directory]] {directory.path}: {key}" if is_own else key
             found[f"{place}: {problem}"] = None
     return list(found)
 
@@ -84,6 +89,8 @@ def _problems(settings: DatasetConfig, rules: SizeRules) -> list[tuple[str, str]
     lengths = [("size_buckets", size[2]) for size in explicit] or [("frame_buckets", n) for n in settings.frame_buckets]
     found = [(key, _length_problem(frames, rules)) for key, frames in lengths]
     found += [(key, _shape_problem(shape, rules.multiple)) for key, shape in shapes]
+    if settings.min_ar > settings.max_ar:
+        found.append(("min_ar, max_ar", f"{settings.min_ar:g} is above {settings.max_ar:g}; the narrowest comes first"))
     if settings.ar_buckets and not settings.enable_ar_bucket:
         found.append(("ar_buckets", "it has no effect without enable_ar_bucket = true; set that, or remove it"))
     return [(key, problem) for key, problem in found if problem]
@@ -104,6 +111,16 @@ def _shape_problem(shape: list[int], multiple: int) -> str | None:
         return None
     nearest = [_rounded(side, multiple) for side in shape]
     return f"{list(shape)}: this model takes widths and heights that are multiples of {multiple} (nearest: {nearest})"
+
+
+def _control_problem(directory: DirectoryConfig, controls: ControlRules) -> str | None:
+    number = len(directory.control_paths)
+    if controls.allows(number):
+        return None
+    given = f"control_path names {number} folder{'s' * (number != 1)}" if number else "there is no control_path"
+    advice = "remove the key" if controls.most == 0 else "name as many folders, each with one control picture for each item"
+    instead = f", or {controls.instead}" if controls.instead else ""
+    return f"{given}, and this model takes {controls} for each item; {advice}{instead}"
 
 
 def _aspect_ratios(settings: DatasetConfig) -> list[float]:

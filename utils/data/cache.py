@@ -26,6 +26,7 @@ from utils.data.media import PIXELS_VERSION, MediaError, load_pixels
 from utils.data.progress import ProgressLog
 from utils.data.shards import ShardFolder, ShardWriter, tensor_name
 from utils.data.values import Bucket, Sample
+from utils.data.variants import alternatives
 from utils.errors import UserError, listed
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class DatasetCache:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, sample: Sample, encoders: Sequence[ConditionEncoder]) -> dict[str, Tensor]:
-        """The outputs of all encoders for a sample, by field.  May be called from several threads.
+        """The outputs of all encoders for a sample with its ``caption``, by field.  May be called from several threads.
 
         Raises UserError if something is missing or cannot be read.
         """
@@ -213,7 +214,7 @@ def input_key(sample: Sample, encoder: ConditionEncoder) -> str:
     if "caption" in encoder.reads:
         parts += ["caption", sample.caption]
     if "pixels" in encoder.reads:
-        # A picture has neither a rate nor a part to choose.
+        # A picture has neither a rate nor a part to choose.  Which frame of a clip is the first depends on the bucket's length.
         frames = (sample.fps, sample.clip_mode) if sample.fps is not None else ()
         parts += ["pixels", PIXELS_VERSION, sample.content, sample.bucket, *frames]
     if "controls" in encoder.reads:
@@ -223,10 +224,11 @@ def input_key(sample: Sample, encoder: ConditionEncoder) -> str:
 
 
 def inputs_of(samples: Sequence[Sample], encoder: ConditionEncoder) -> dict[str, Sample]:
-    """The different inputs of an encoder by their keys, each with the first sample that has it."""
+    """The different inputs of an encoder by their keys, each with the first sample that has it, captioned as it is encoded."""
     inputs: dict[str, Sample] = {}
     for sample in samples:
-        inputs.setdefault(input_key(sample, encoder), sample)
+        for captioned in alternatives(sample) if "caption" in encoder.reads else [sample]:
+            inputs.setdefault(input_key(captioned, encoder), captioned)
     return inputs
 
 
@@ -291,7 +293,8 @@ def _items_ahead(
 
 def _num_pixels(sample: Sample, encoder: ConditionEncoder) -> int:
     """What of a sample is decoded for the encoder."""
-    pictures = sample.bucket.frames * ("pixels" in encoder.reads) + len(sample.controls) * ("controls" in encoder.reads)
+    frames = min(sample.bucket.frames, encoder.max_frames or sample.bucket.frames)
+    pictures = frames * ("pixels" in encoder.reads) + len(sample.controls) * ("controls" in encoder.reads)
     return sample.bucket.width * sample.bucket.height * pictures
 
 
@@ -300,7 +303,9 @@ def _item(sample: Sample, encoder: ConditionEncoder) -> EncodeItem:
     return EncodeItem(
         sample.key,
         caption=sample.caption if "caption" in encoder.reads else None,
-        pixels=load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode) if "pixels" in encoder.reads else None,
+        pixels=load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode, encoder.max_frames)
+        if "pixels" in encoder.reads
+        else None,
         controls=tuple(load_pixels(control.path, picture, None, sample.clip_mode) for control in sample.controls)
         if "controls" in encoder.reads
         else (),

@@ -31,6 +31,8 @@ class ConditionEncoder(ABC):
     """Folder name in the cache (``vae``, ``text``, ``clip``)."""
     reads: ClassVar[Literal["pixels", "caption", "controls", "caption and controls"]]
     """What of a sample goes in, and so what its cache key is made of."""
+    max_frames: int | None = None
+    """Of a clip's pixels only so many frames, from the first on, are decoded for it; None: all of them."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -108,8 +108,8 @@ def probe(path: Path) -> MediaInfo:
     return MediaInfo(width, height, frames=len(timeline.times), fps=float(timeline.fps))
 
 
-def load_pixels(path: Path, bucket: Bucket, fps: float | None, clip_mode: str) -> Tensor:
-    """The pixels of one sample: fp32 [3, frames, height, width] in [-1, 1].
+def load_pixels(path: Path, bucket: Bucket, fps: float | None, clip_mode: str, max_frames: int | None = None) -> Tensor:
+    """The pixels of one sample: fp32 [3, frames, height, width] in [-1, 1]; with ``max_frames`` the first ones of them.
 
     Frame ``i`` of a clip is the source frame nearest to ``i / fps`` seconds after the first one taken (of two equally near, the
     earlier).  Each frame is scaled (Lanczos) so that it just covers the bucket, and cropped to its centre.
@@ -118,7 +118,7 @@ def load_pixels(path: Path, bucket: Bucket, fps: float | None, clip_mode: str) -
     """
     if is_clip(path):
         assert fps, "a clip needs a frame rate"
-        frames = _clip_frames(path, bucket, fps, clip_mode)
+        frames = _clip_frames(path, bucket, fps, clip_mode, max_frames)
     else:
         frames = [_fitted(_picture(path), bucket)]
     pixels = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
@@ -255,7 +255,7 @@ def _nearest(frames: Iterable[tuple[Fraction, VideoFrame]], targets: list[Fracti
         yield before[1]
 
 
-def _clip_frames(path: Path, bucket: Bucket, fps: float, clip_mode: str) -> list[np.ndarray]:
+def _clip_frames(path: Path, bucket: Bucket, fps: float, clip_mode: str, max_frames: int | None) -> list[np.ndarray]:
     """The clip's frames for a bucket, each uint8 [height, width, 3]; decoding ends with the last frame that is needed."""
     with _opened(path) as (container, stream):
         timeline = _timeline(path, container, stream)
@@ -263,18 +263,18 @@ def _clip_frames(path: Path, bucket: Bucket, fps: float, clip_mode: str) -> list
     slack = timeline.span - (bucket.frames - 1) * step
     skipped = {"single_beginning": Fraction(0), "single_middle": max(slack, Fraction(0)) / 2}[clip_mode]
     start = timeline.times[0] + skipped
-    targets = [start + index * step for index in range(bucket.frames)]
+    targets = [start + index * step for index in range(bucket.frames)][:max_frames]
     decoded = _decoded(path, timeline, start, seek=timeline.rate is None and skipped > 0)
 
     fitted: list[np.ndarray] = []
     latest: VideoFrame | None = None
     for frame in _nearest(decoded, targets, tolerance=1 / timeline.fps):
         if frame.is_corrupt:
-            raise MediaError(path, f"frame {len(fitted) + 1} of the {bucket.frames} that are needed is damaged")
+            raise MediaError(path, f"frame {len(fitted) + 1} of the {len(targets)} that are needed is damaged")
         fitted.append(fitted[-1] if frame is latest else _fitted(_upright(frame, timeline.pixel_aspect), bucket))
         latest = frame
-    if len(fitted) < bucket.frames:
-        raise MediaError(path, f"only {len(fitted)} of the {bucket.frames} frames that are needed decode")
+    if len(fitted) < len(targets):
+        raise MediaError(path, f"only {len(fitted)} of the {len(targets)} frames that are needed decode")
     return fitted
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import assign, buckets_for, problems, settings_for
+from utils.data.captions import read_folder
 from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, is_clip, probe
 from utils.data.progress import ProgressLog
 from utils.data.shards import write_atomically
-from utils.data.values import Bucket, Control, Sample, SizeRules
+from utils.data.values import ANY_CONTROLS, Bucket, Caption, Control, ControlRules, Sample, SizeRules
+from utils.data.variants import first_caption, variants
 from utils.errors import UserError, listed
+from utils.stopping import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +37,27 @@ class DirectoryReport:
     """Its name in the samples' keys."""
     path: Path
     num_repeats: int
+    controls: int = 0
+    """Control pictures of each item."""
     pictures: int = 0
     clips: int = 0
     buckets: Counter[Bucket] = field(default_factory=Counter)
     """Samples in each bucket."""
     unused: dict[str, str] = field(default_factory=dict)
     """Files without any sample, and why."""
+    uncaptioned: int = 0
+    """Items that have an empty caption because there is none for them."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Suffixes of files that are no pictures, clips or captions; sub-folders under ``/``."""
 
     def lines(self) -> list[str]:
         repeats = f", each {self.num_repeats} times an epoch" if self.num_repeats > 1 else ""
-        found = [f"{self.name} ({self.path}): {_count(self.clips, 'clip')}, {_count(self.pictures, 'picture')}{repeats}"]
+        controls = f", with {_count(self.controls, 'control picture')} each" if self.controls else ""
+        found = [f"{self.name} ({self.path}): {_count(self.clips, 'clip')}, {_count(self.pictures, 'picture')}{controls}{repeats}"]
         found += [f"  {bucket!s:>14}  {_count(number, 'sample')}" for bucket, number in sorted(self.buckets.items())]
         found += [f"  not used: {name}: {reason}" for name, reason in self.unused.items()]
+        if self.uncaptioned:
+            found.append(f"  without a caption, shown with an empty one: {_count(self.uncaptioned, 'file')}")
         if self.ignored:
             kinds = [f"{number} {suffix or 'without suffix'}" for suffix, number in sorted(self.ignored.items()) if suffix != "/"]
             kinds += [_count(self.ignored["/"], "sub-folder")] if self.ignored["/"] else []
@@ -77,15 +88,26 @@ class Scan:
     report: ScanReport
 
 
-def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -> Scan:
+def scan(
+    dataset: DatasetConfig,
+    rules: SizeRules,
+    *,
+    hash_cache: Path | None,
+    controls: ControlRules = ANY_CONTROLS,
+    caption_seed: int | None = None,
+    stop: Callable[[], str] = lambda: "",
+) -> Scan:
     """Look at every file of the data set and make the samples.
 
     Each file is hashed and probed once and then known by path, size and time of change, in the small file ``hash_cache``.
-    Raises one UserError with everything that is wrong: settings the model cannot take, missing folders and captions, captions
-    without a file, files that do not decode, nothing left to train on.  A file that no bucket takes is a warning.
+    ``caption_seed``: the seed that the samples' caption variants are drawn with; None, for evaluation: the first caption alone.
+    Raises UserError, before any file is read, for settings that the model cannot take; then one with everything that is wrong:
+    missing folders and captions, captions without a file, files that do not decode, nothing left to train on.  A file that no
+    bucket takes is a warning.  ``stop`` is asked after each new file; with a reason to stop, what was looked at is remembered and
+    Stopped raised.
     """
-    if impossible := problems(dataset, rules):
-        raise UserError(listed(impossible, "the dataset's sizes do not fit the model:"))
+    if impossible := problems(dataset, rules, controls):
+        raise UserError(listed(impossible, "the dataset does not fit the model:"))
     wrong: list[str] = []
     names: list[str] = []
     listings: list[_Listing] = []
@@ -95,10 +117,10 @@ def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -
         while name in names:
             name = f"{name}[{index}]"
         names.append(name)
-        listings.append(_list(directory, wrong))
+        listings.append(_list(directory, settings_for(dataset, directory), wrong))
     paths = {path for listing in listings for path in listing.captions}
     paths |= {control for listing in listings for controls in listing.controls.values() for control in controls}
-    looks = _look_at_all(sorted(paths), hash_cache, wrong)
+    looks = _look_at_all(sorted(paths), hash_cache, wrong, stop)
     if wrong:
         more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
         raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {_count(len(wrong), 'problem')}:"))
@@ -107,9 +129,16 @@ def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -
     reports: list[DirectoryReport] = []
     for name, directory, listing in zip(names, dataset.directory, listings, strict=True):
         settings = settings_for(dataset, directory)
-        report = DirectoryReport(name, directory.path, settings.num_repeats, ignored=listing.ignored)
+        report = DirectoryReport(
+            name,
+            directory.path,
+            settings.num_repeats,
+            len(directory.control_paths),
+            uncaptioned=listing.uncaptioned,
+            ignored=listing.ignored,
+        )
         reports.append(report)
-        samples += _samples(settings, rules, listing, looks, report)
+        samples += _samples(settings, rules, listing, looks, caption_seed, report)
         _warn_of_unused(report)
     if not samples:
         raise UserError(
@@ -120,14 +149,23 @@ def scan(dataset: DatasetConfig, rules: SizeRules, *, hash_cache: Path | None) -
 
 
 def _samples(
-    settings: DatasetConfig, rules: SizeRules, listing: "_Listing", looks: dict[Path, "_Look"], report: DirectoryReport
+    settings: DatasetConfig,
+    rules: SizeRules,
+    listing: "_Listing",
+    looks: dict[Path, "_Look"],
+    caption_seed: int | None,
+    report: DirectoryReport,
 ) -> list[Sample]:
     """The samples of one directory: one for each file and resolution."""
     fps = settings.fps or rules.fps
     groups = buckets_for(settings, rules)
     samples = []
-    for path, caption in listing.captions.items():
+    for path, captions in listing.captions.items():
         look = looks[path]
+        first = first_caption(captions, settings)
+        texts: tuple[Caption, ...] = ()
+        if caption_seed is not None:
+            texts = variants(captions, f"{report.name}/{path.name}", caption_seed, settings)
         report.clips += is_clip(path)
         report.pictures += not is_clip(path)
         assigned = [assign(look.info, group, rules, fps) for group in groups]
@@ -141,13 +179,15 @@ def _samples(
                     key=f"{report.name}/{path.name}@{bucket}",
                     path=path,
                     content=look.content,
-                    caption=settings.caption_prefix + caption,
+                    caption=first,
                     bucket=bucket,
                     clip_mode=settings.video_clip_mode,
                     fps=fps if is_clip(path) else None,
                     num_repeats=settings.num_repeats,
                     controls=tuple(Control(control, looks[control].content) for control in listing.controls[path]),
                     original_size=(look.info.width, look.info.height),
+                    captions=texts if [text.text for text in texts] != [first] else (),
+                    caption_dropout=settings.caption_dropout if caption_seed is not None else 0.0,
                 )
             )
     return samples
@@ -165,17 +205,19 @@ def _warn_of_unused(report: DirectoryReport) -> None:
 
 @dataclass(frozen=True)
 class _Listing:
-    captions: dict[Path, str]
+    captions: dict[Path, tuple[Caption, ...]]
     """Pictures and clips with their captions."""
+    uncaptioned: int
+    """Those that have an empty one because there is none."""
     controls: dict[Path, list[Path]]
     """For each of them its control pictures, one from each folder of ``control_path``."""
     ignored: Counter[str]
 
 
-def _list(directory: DirectoryConfig, wrong: list[str]) -> _Listing:
+def _list(directory: DirectoryConfig, settings: DatasetConfig, wrong: list[str]) -> _Listing:
     """The files of one folder, not of those in it; what is wrong is added to ``wrong``."""
     media: list[Path] = []
-    texts: dict[str, Path] = {}
+    texts: list[Path] = []
     others: dict[str, Path] = {}
     ignored: Counter[str] = Counter()
     try:
@@ -193,38 +235,30 @@ def _list(directory: DirectoryConfig, wrong: list[str]) -> _Listing:
             ignored["/"] += 1
         elif suffix in PICTURES or suffix in CLIPS:
             media.append(path)
-        elif suffix == ".txt":
-            texts[path.stem] = path
+        elif suffix in (".txt", ".json"):
+            texts.append(path)
         else:
             ignored[suffix] += 1
             others[path.stem] = path
 
-    captions: dict[Path, str] = {}
-    for path in media:
-        if path.stem not in texts:
-            wrong.append(f"{path}: it has no caption; write one to {path.stem}.txt beside it (an empty file is an empty caption)")
-            continue
-        try:
-            captions[path] = texts[path.stem].read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            wrong.append(f"{texts[path.stem]}: the caption is not UTF-8 (byte {error.start}); save it as UTF-8")
-        except OSError as error:
-            wrong.append(f"{texts[path.stem]}: the caption cannot be read ({error.strerror})")
+    found = read_folder(media, texts, settings, wrong)
     stems = {path.stem for path in media}
-    for stem, path in texts.items():
-        if stem not in stems and stem in others:
+    for path in found.unused:
+        if path.suffix.lower() == ".json" or path.stem in stems:  # of another program, or a second one
+            ignored[path.suffix.lower()] += 1
+        elif path.stem in others:
             kinds = ", ".join(sorted(PICTURES | CLIPS))
-            wrong.append(f"{others[stem]}: it has a caption, but files of this kind are not read; convert it to one of {kinds}")
-        elif stem not in stems:
+            other = others[path.stem]
+            wrong.append(f"{other}: it has a caption, but files of this kind are not read; convert it to one of {kinds}")
+        else:
             wrong.append(f"{path}: a caption without a picture or clip of the same name; remove it, or add the file")
-    return _Listing(captions, _controls(directory, list(captions), wrong), ignored)
+    return _Listing(found.captions, len(found.missing), _controls(directory, list(found.captions), wrong), ignored)
 
 
 def _controls(directory: DirectoryConfig, media: list[Path], wrong: list[str]) -> dict[Path, list[Path]]:
     """The control pictures of each file: those of the same name in each folder of ``control_path``."""
     controls: dict[Path, list[Path]] = {path: [] for path in media}
-    folders = directory.control_path or []
-    for folder in folders if isinstance(folders, list) else [folders]:
+    for folder in directory.control_paths:
         try:
             pictures = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES}
         except OSError as error:
@@ -250,9 +284,9 @@ class _Look:
     info: MediaInfo
 
 
-def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str]) -> dict[Path, _Look]:
+def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str], stop: Callable[[], str]) -> dict[Path, _Look]:
     """Hash and probe the files that are new or changed; those that do not decode are added to ``wrong``."""
-    remembered = _read_memory(hash_cache)
+    remembered, reason = _read_memory(hash_cache), ""
     looks: dict[Path, _Look] = {}
     fresh: dict[str, dict[str, Any]] = {}
     pending: dict[Path, tuple[dict[str, int], Future[_Look]]] = {}
@@ -277,10 +311,15 @@ def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str]) -
             except MediaError as error:
                 wrong.append(str(error))
             progress.report(number)
+            if reason := stop():
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
     if hash_cache and fresh:
         # Read again: another run may have written meanwhile, and losing its part only costs time.
         memory = {"version": _MEMORY_VERSION, "files": {**_read_memory(hash_cache), **fresh}}
         write_atomically(hash_cache, json.dumps(memory).encode())
+    if reason:
+        raise Stopped(reason)
     return looks
 
 

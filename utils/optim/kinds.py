@@ -167,23 +167,33 @@ def key_problems(config: OptimizerConfig) -> list[str]:
     ]
 
 
-def build(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that step ``parameters``, each with one group; none where there is nothing to step.
+def averages(config: OptimizerConfig) -> bool:
+    """Whether the optimizer keeps an average of the weights by itself, and so has a training and an evaluation mode."""
+    kind = find_kind(config.type)
+    return any(hasattr(_class(part, kind, config), "eval") for part in kind.parts)
 
-    Raises UserError for an unknown type, a missing package, or settings that the class refuses.
+
+def build(
+    parameters: Mapping[str, Tensor], config: OptimizerConfig, rate_of: Callable[[str], float]
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizers that step ``parameters``, each with one group and its learning rate; none where there is nothing to step.
+
+    ``rate_of``: the learning rate of a parameter, by name.  Raises UserError for an unknown type, a missing package, or settings
+    that the class refuses.
     """
     kind = find_kind(config.type)
     if problems := key_problems(config):
         raise UserError(listed(problems, "the optimizer's settings:"))
-    settings, rest, built = _settings(config), list(parameters.values()), []
+    settings, rest, built = _settings(config), dict(parameters), []
     for part in kind.parts:
-        taken = [parameter for parameter in rest if part.takes(parameter)]
-        rest = [parameter for parameter in rest if not part.takes(parameter)]
+        by_rate: dict[float, list[Tensor]] = {}
+        for name in [name for name, parameter in rest.items() if part.takes(parameter)]:
+            by_rate.setdefault(rate_of(name), []).append(rest.pop(name))
         accepted = _accepted(part, kind, config)
         arguments = {**part.given, **{key: value for key, value in settings.items() if key in accepted}}
-        if taken:
+        for rate, taken in by_rate.items():
             try:
-                built.append(_class(part, kind, config)(taken, lr=config.lr, **arguments))
+                built.append((_class(part, kind, config)(taken, lr=rate, **arguments), rate))
             except Exception as error:  # each package raises its own kinds
                 raise UserError(f"optimizer.type = {config.type!r} refuses its settings: {error}") from error
     return built

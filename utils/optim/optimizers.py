@@ -1,7 +1,6 @@
 """The optimizer of one rank, with parameters, gradients and state known by name."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.config.schema import OptimizerConfig
-from utils.draw import generator
 from utils.errors import UserError
 from utils.optim import kinds
+from utils.optim.shares import ReplicaShares
 from utils.optim.state import pack, unpack
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -28,10 +27,25 @@ class RunOptimizer:
     sums but no copies.  Without ``master_weights`` everything is done in the parameters' own dtype.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig):
-        """Raises UserError for an unknown type, a missing package, or settings that the optimizer refuses."""
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        rate_of: Callable[[str], float] | None = None,
+        shares: ReplicaShares | None = None,
+    ):
+        """``rate_of``: the learning rate of a parameter, by name; without it, the config's for all.  ``shares``: for ZeRO stage 1,
+        the parameters that this replica steps; then :meth:`step` and :meth:`evaluation` are collective among the replicas.
+
+        Raises UserError for an unknown type, a missing package, or settings that the optimizer refuses.
+        """
         self._config = config
         self._parameters = dict(parameters)
+        self._shares = shares
+        self.owned = [name for name in parameters if shares is None or name in shares.owned]
+        """The parameters that are stepped here, and have state here."""
+        self.is_shared = shares is not None
+        """Whether other replicas have other parts of the state."""
         self._low = {
             name: parameter
             for name, parameter in self._parameters.items()
@@ -41,13 +55,14 @@ class RunOptimizer:
         for name, parameter in self._low.items():
             parameter.register_post_accumulate_grad_hook(partial(self._add_to_sum, name))
         compensated = kinds.find_kind(config.type).compensated and (config.model_extra or {}).get("kahan_sum", True)
-        self._masters = {} if compensated else {name: nn.Parameter(low.detach().float()) for name, low in self._low.items()}
+        with_masters = [] if compensated else [name for name in self.owned if name in self._low]
+        self._masters = {name: nn.Parameter(self._low[name].detach().float()) for name in with_masters}
         self._masters_are_current = False
-        self._targets: dict[str, nn.Parameter] = {**self._parameters, **self._masters}
-        self._parts = kinds.build(self._targets, config)
-        self._averaging = [part for part in self._parts if hasattr(part, "eval") and hasattr(part, "train")]
-        for part in self._averaging:
-            part.train()
+        self._targets = {name: self._masters.get(name, self._parameters[name]) for name in self.owned}
+        built = kinds.build(self._targets, config, rate_of or (lambda name: config.lr))
+        self._parts, self._rates = [part for part, _ in built], [rate for _, rate in built]
+        self._averages = kinds.averages(config)
+        self._set_mode("train")
         self._first_groups = [deepcopy(_settings_of(part)) for part in self._parts]
         self._evaluating = False
 
@@ -62,31 +77,39 @@ class RunOptimizer:
         """The accumulated gradients themselves, by name: what is done to them in place is what :meth:`step` sees."""
         return {name: self._sums.get(name) if name in self._low else parameter.grad for name, parameter in self._parameters.items()}
 
+    def complete_gradients(self, names: Iterable[str]) -> None:
+        """Zeros for those of ``names`` that have no gradient."""
+        for name in names:
+            parameter = self._parameters[name]
+            if name in self._low and name not in self._sums:
+                self._sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            elif name not in self._low and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     @torch.no_grad()
     def step(self) -> None:
         """One step.  The gradients are used up: optimizers compute in them."""
         assert not self._evaluating, "a step inside evaluation()"
         self._refresh_masters()
-        for name in self._low:
+        low = [name for name in self.owned if name in self._low]
+        for name in low:
             gradient = self._sums.get(name)
             self._targets[name].grad = None if gradient is None else gradient.to(self._targets[name].dtype)
         for part in self._parts:
             part.step()
-        for name in self._low:
+        for name in low:
             self._targets[name].grad = None
-        self._round_to_parameters()
+        self._publish()
 
     def zero_grad(self) -> None:
         self._sums.clear()
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def set_lr(self, factor: float) -> float:
-        """Make the learning rate the configured one times ``factor``; returns it."""
-        learning_rate = self._config.lr * factor
-        for part in self._parts:
-            part.param_groups[0]["lr"] = learning_rate
-        return learning_rate
+    def set_lr(self, factor: float) -> None:
+        """Make each learning rate the configured one times ``factor``."""
+        for part, rate in zip(self._parts, self._rates, strict=True):
+            part.param_groups[0]["lr"] = rate * factor
 
     @torch.no_grad()
     def _refresh_masters(self) -> None:
@@ -101,6 +124,21 @@ class RunOptimizer:
         if self._masters:
             torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
 
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """What was stepped into the parameters, on all replicas."""
+        self._round_to_parameters()
+        self._send()
+
+    def _send(self) -> None:
+        if self._shares is not None:
+            self._shares.send()
+
+    def _set_mode(self, mode: str) -> None:
+        """``train`` or ``eval``, for optimizers that average."""
+        for part in self._parts if self._averages else []:
+            getattr(part, mode)()
+
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Inside, the parameters are those to evaluate and export: the average, for schedule-free optimizers.
@@ -108,25 +146,50 @@ class RunOptimizer:
         Afterwards they are those of training again, bit for bit: an evaluation changes nothing in the run.  (The optimizers' own
         way back computes, and so rounds.)  Costs a copy of the trainable weights, when there are no gradients.
         """
-        if not self._averaging:
+        if not self._averages:
             yield
             return
+        with self._given_back(self._targets):
+            try:
+                self._set_mode("eval")
+                self._publish()
+                yield
+            finally:
+                self._set_mode("train")
+
+    def values(self) -> dict[str, Tensor]:
+        """What is stepped here, as precisely as it is known: the fp32 copies where there are any.  The live tensors."""
         self._refresh_masters()
-        kept = {name: target.detach().clone() for name, target in self._targets.items()}
-        self._evaluating = True
-        try:
-            for part in self._averaging:
-                part.eval()
-            self._round_to_parameters()
+        return {name: target.detach() for name, target in self._targets.items()}
+
+    @contextmanager
+    def substituted(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the parameters have these values, of all that are owned here; afterwards their own again, bit for bit."""
+        with self._given_back({name: self._parameters[name] for name in values}):
+            with torch.no_grad():
+                for name, value in values.items():
+                    self._parameters[name].copy_(value)
+            self._send()
             yield
+
+    @contextmanager
+    def _given_back(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Afterwards these have the values of before, and the parameters too."""
+        assert not self._evaluating, "one evaluation inside another"
+        self._refresh_masters()
+        kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._evaluating, failed = True, True
+        try:
+            yield
+            failed = False
         finally:
             with torch.no_grad():
-                for part in self._averaging:
-                    part.train()
                 for name, value in kept.items():
-                    self._targets[name].copy_(value)
+                    tensors[name].copy_(value)
             self._round_to_parameters()
             self._evaluating = False
+            if not failed:  # else the other replicas may never come here
+                self._send()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that :meth:`load_state` needs: tensors by ``<name>::<state key>``, and by name what JSON can hold.
@@ -210,78 +273,3 @@ def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return result
-
-
-# Two parameters of the trial, with gradients of very different size.
-_TRIAL: dict[str, tuple[tuple[int, ...], float]] = {"matrix": ((8, 8), 1.0), "vector": ((8,), 30.0)}
-
-
-class _Trial:
-    """A few steps of a configured optimizer on small fp32 parameters, on the CPU, with fixed values and gradients."""
-
-    STEPS = 6
-
-    def __init__(self, config: OptimizerConfig, names: tuple[str, ...] = tuple(_TRIAL)):
-        self.parameters = {
-            name: nn.Parameter(torch.randn(_TRIAL[name][0], generator=generator("trial", name), device="cpu")) for name in names
-        }
-        self.optimizer = RunOptimizer(self.parameters, config)
-        self.random_state = torch.get_rng_state()
-
-    def steps(self, first: int = 0, last: int = STEPS) -> "_Trial":
-        for step in range(first, last):
-            for name, parameter in self.parameters.items():
-                shape, size = _TRIAL[name]
-                parameter.grad = size * torch.randn(shape, generator=generator("trial", name, step), device="cpu")
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return self
-
-    def continued(self, config: OptimizerConfig) -> "_Trial":
-        """Another one with these weights and the state as a checkpoint would bring it."""
-        other = _Trial(config)
-        for name, parameter in other.parameters.items():
-            parameter.data.copy_(self.parameters[name])
-        tensors, scalars = self.optimizer.state()
-        other.optimizer.load_state(tensors, json.loads(json.dumps(scalars)))
-        return other
-
-    def outcome(self, name: str) -> tuple[list[tuple[str, list]], Any]:
-        """Weights and state of one parameter, to be compared."""
-        tensors, scalars = self.optimizer.state()
-        tensors[name] = self.parameters[name].detach()
-        return [(key, tensors[key].tolist()) for key in sorted(tensors) if key.split("::")[0] == name], scalars[name]
-
-
-def couples_parameters(config: OptimizerConfig) -> bool:
-    """Whether a parameter's step depends on other parameters' gradients (one step size estimated from all, a norm over all).
-
-    Such an optimizer would do something else on several stages.  It is tried out: two parameters stepped together and apart.
-    Only for settings in which :func:`optimizer_problems` finds nothing.
-    """
-    together = _Trial(config).steps()
-    return any(together.outcome(name) != _Trial(config, (name,)).steps().outcome(name) for name in _TRIAL)
-
-
-def optimizer_problems(config: OptimizerConfig) -> list[str]:
-    """What is wrong with ``[optimizer]``: its type, its keys, a missing package, or an optimizer that cannot serve a run here.
-
-    The last is found by a few steps on a few numbers: an optimizer that needs a closure or the model, whose state a checkpoint
-    cannot hold, or that would not continue from it with the same bits.
-    """
-    setting = f"optimizer.type = {config.type!r}"
-    try:
-        if problems := kinds.key_problems(config):
-            return problems
-        with torch.random.fork_rng(devices=[]):
-            whole = _Trial(config).steps()
-            if not torch.equal(whole.random_state, torch.get_rng_state()):
-                return [f"{setting} cannot be used here: it draws random numbers, which a resumed run would not draw again"]
-            resumed = _Trial(config).steps(last=_Trial.STEPS // 2).continued(config).steps(first=_Trial.STEPS // 2)
-            if any(whole.outcome(name) != resumed.outcome(name) for name in _TRIAL):
-                return [f"{setting} cannot be used here: it hides a part of its state, so a resumed run would differ"]
-    except UserError as error:
-        return [str(error)]
-    except Exception as error:  # each package raises its own kinds
-        return [f"{setting} cannot be used here: {error}"]
-    return []

@@ -125,11 +125,28 @@ class StageEngine(PatchedPipelineEngine):
 
     def _placed(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[Stream, dict[str, Tensor]]]:
         for batch in batches:
-            inputs = Stream({name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()})
+            inputs = Stream({name: self._on_device(tensor) for name, tensor in batch.inputs.items()})
             yield inputs, {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.target.items()}
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """But a single whole number stays: layers choose by it, and reading it there would wait for the device."""
+        return tensor if tensor.shape == () and tensor.dtype is torch.int64 else tensor.to(self.device, non_blocking=True)
+
     def _exec_reduce_grads(self) -> None:
+        self._complete_gradients()
         self.topology.mean_over_replicas([gradient for gradient in self.optimizer.gradients().values() if gradient is not None])
+
+    def _complete_gradients(self) -> None:
+        """Zeros for parameters that only other replicas have a gradient of, so that all take the mean of the same tensors.
+
+        Where a micro-batch runs one of several experts, the replicas may have run different ones.  What no replica has a gradient
+        of is left without: the optimizer does not step it.
+        """
+        gradients = self.optimizer.gradients()
+        if self.topology.replicas > 1 and gradients:
+            present = torch.tensor([float(gradient is not None) for gradient in gradients.values()], device=self.device)
+            self.topology.mean_over_replicas([present])
+            self.optimizer.complete_gradients(name for name, share in zip(gradients, present.tolist(), strict=True) if share)
 
     def _take_model_step(self, lr_kwargs: dict | None = None) -> None:
         """Norm over all stages, one clip, one step; a step that is not finite is refused."""

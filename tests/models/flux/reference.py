@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from models.base import ModelFamily
+from tests.models.pictures import as_picture
+from utils.data.encoders import EncodeItem
 from utils.data.values import Batch
 from utils.draw import generator
 
@@ -67,3 +69,20 @@ def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return_dict=False,
     )[0]
     return FluxPipeline._unpack_latents(output[:, : tokens[0].shape[1]], 8 * height, 8 * width, 8)
+
+
+def call_pipeline(pipeline: DiffusionPipeline, item: EncodeItem, x: Tensor) -> None:
+    """One step of the pipeline for the item's caption and pictures, from the noisy latents ``x`` that ``prepare_inputs`` made."""
+    height, width = (8 * size for size in x.shape[2:])
+    editing = {"image": as_picture(item.controls[0]), "_auto_resize": False, "max_area": width * height} if item.controls else {}
+    pipeline(
+        prompt=item.caption,
+        height=height,
+        width=width,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=packed(x),
+        output_type="latent",
+        max_sequence_length=512 if pipeline.transformer.config.guidance_embeds else 256,
+        **editing,
+    )

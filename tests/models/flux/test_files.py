@@ -14,7 +14,7 @@ from models.common.clip import clip_text_network
 from models.common.t5 import t5_config
 from models.flux.family import FluxOptions
 from models.flux.files import find_files
-from models.flux.networks import NETWORKS, transformer_config
+from models.flux.networks import NETWORKS, VAE_SCALE, transformer_config
 from models.flux.tiny import VARIANTS, write_tiny
 from utils.checkpoints.tensor_files import TensorInfo
 from utils.errors import UserError
@@ -208,7 +208,7 @@ def test_a_model_of_another_family_is_told(models, tmp_path, names, told):
 
 def test_parts_of_another_width_are_refused(model):
     folder = model("diffusers")
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, **VAE_SCALE)
     t5 = T5EncoderModel(T5Config(vocab_size=10, d_model=48, d_kv=8, d_ff=8, num_layers=1, feed_forward_proj="gated-gelu"))
     shutil.rmtree(folder / "vae")
     shutil.rmtree(folder / "text_encoder_2")

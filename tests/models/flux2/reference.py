@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
 from models.base import ModelFamily
+from tests.models.pictures import as_picture
+from utils.data.encoders import EncodeItem
 from utils.data.values import Batch
 from utils.draw import generator
 
@@ -59,3 +61,18 @@ def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return_dict=False,
     )[0]
     return Flux2Pipeline._unpack_latents_with_ids(output[:, :target], ids[:, :target]).unsqueeze(2)
+
+
+def call_pipeline(pipeline: DiffusionPipeline, item: EncodeItem, x: Tensor) -> None:
+    """One step of the pipeline for the item's caption and pictures, from the noisy latents ``x`` that ``prepare_inputs`` made."""
+    height, width = (16 * size for size in x.shape[3:])
+    pipeline(
+        prompt=item.caption,
+        image=[as_picture(control) for control in item.controls] or None,
+        height=height,
+        width=width,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=x[:, :, 0],
+        output_type="latent",
+    )

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from models import load_family
 from tests.models.flux2 import reference
-from utils.checkpoints.export import TrainingFacts, export_full, export_lora, load_lora
+from utils.checkpoints.adapter_files import read_adapter
+from utils.checkpoints.adapter_layouts import modules_of
+from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.checkpoints.weights import materialise
 from utils.data.values import Batch
 from utils.diffusion.timesteps import resolution_shift
@@ -169,15 +171,14 @@ def linear_modules(model) -> list[str]:
 
 
 def exported_lora(folder, family, weights):
-    return export_lora(
+    return export_adapter(
         folder,
         "lora",
         weights,
         expected={name: tuple(tensor.shape) for name, tensor in weights.items()},
         key_map=family.key_map(),
         fmt=family.lora_format,
-        alpha=ALPHA,
-        rank=RANK,
+        scales=dict.fromkeys(modules_of(weights), ALPHA / RANK),
         dtype=torch.float32,
         family=family.export_metadata(),
         facts=FACTS,
@@ -210,7 +211,7 @@ def test_diffusers_reads_a_lora_whole_and_at_the_trained_strength(flux2, variant
     assert (expected - before).abs().max() > 0.1
     assert (output - expected).abs().max() <= 1e-5
 
-    read = load_lora(path, linear, family.key_map())
+    read = read_adapter(path, linear, family.key_map())
     assert read.weights.keys() == weights.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(read.weights[name], tensor * ALPHA / RANK if "lora_B" in name else tensor)

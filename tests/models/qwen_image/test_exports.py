@@ -12,7 +12,8 @@ from models import load_family
 from models.qwen_image.files import VARIANTS
 from models.qwen_image.keys import EDIT_2511_MARK
 from tests.models.qwen_image import reference
-from utils.checkpoints.export import TrainingFacts, export_full, load_lora
+from utils.checkpoints.adapter_files import read_adapter
+from utils.checkpoints.export import TrainingFacts, export_full
 from utils.draw import Draw
 
 Family = load_family("qwen_image")
@@ -68,7 +69,7 @@ def test_loras_of_other_trainers_are_read(tiny_qwen, tmp_path, key):
         {**tensors, key.format(*parts, "X").replace("lora_X.weight", "alpha"): torch.tensor(8.0)}, tmp_path / "lora.safetensors"
     )
     modules = [name.removesuffix(".weight") for name, info in family.weights().names().items() if len(info.shape) == 2]
-    read = load_lora(tmp_path / "lora.safetensors", modules, family.key_map())
+    read = read_adapter(tmp_path / "lora.safetensors", modules, family.key_map())
     assert read.scales == {f"{block}.{module}": 2.0}
     first, second = sides.values()
     assert torch.equal(read.weights[f"{block}.{module}.lora_A.weight"], first)

@@ -57,7 +57,7 @@ def batch_of(fields, *keys: str) -> Batch:
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfy"])
 @pytest.mark.parametrize("variant", Family.variants)
-def test_inputs_are_those_of_the_pipeline(tiny_qwen, pictures, small, variant, layout):
+def test_inputs_are_those_of_the_pipeline(tiny_qwen, pictures, small, variant, layout, measured):
     """A whole call of the pipeline, and what its transformer was given in the first step."""
     shown = pictures[: 1 + NUM_CONTROLS[variant]]
     pipeline = opened(variant, tiny_qwen(variant))
@@ -79,6 +79,9 @@ def test_inputs_are_those_of_the_pipeline(tiny_qwen, pictures, small, variant, l
     target = BUCKET.width * BUCKET.height // 256
     torch.testing.assert_close(inputs["x"][:, target:], given["hidden_states"][:, target:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(inputs["text"], given["encoder_hidden_states"], rtol=1e-5, atol=1e-5)
+    text = (inputs["text"] - given["encoder_hidden_states"]).abs()
+    references = (inputs["x"][:, target:] - given["hidden_states"][:, target:]).abs()
+    measured(variant, "inputs", max(float(part.max()) for part in (references, text) if part.numel()))
     assert given["encoder_hidden_states_mask"] is None
     assert "text_mask" not in inputs
     assert [tuple(grid) for grid in inputs["grids"].tolist()] == given["img_shapes"][0]

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from models.base import ModelFamily
 from models.sd3.tiny import CLIP_G_WIDTH, CLIP_L_WIDTH, T5_WIDTH, VARIANTS
+from utils.data.encoders import EncodeItem
 from utils.data.values import Batch
 from utils.draw import generator
 
@@ -47,3 +48,17 @@ def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         pooled_projections=inputs["pooled"],
         return_dict=False,
     )[0]
+
+
+def call_pipeline(pipeline: DiffusionPipeline, item: EncodeItem, x: Tensor) -> None:
+    """One step of the pipeline for the item's caption and pictures, from the noisy latents ``x`` that ``prepare_inputs`` made."""
+    height, width = (8 * size for size in x.shape[2:])
+    pipeline(
+        prompt=item.caption,
+        height=height,
+        width=width,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=x,
+        output_type="latent",
+    )

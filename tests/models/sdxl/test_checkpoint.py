@@ -10,7 +10,8 @@ from models.sdxl.tiny import CHECKPOINT, write_tiny
 from tests.distributed.engine_worker import perturbed
 from tests.models.sdxl import reference
 from utils.adapters.manager import AdapterManager, trainable_parameters
-from utils.checkpoints.export import TrainingFacts, export_full, export_lora
+from utils.checkpoints.adapter_layouts import modules_of
+from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.config.schema import AdapterConfig
 from utils.draw import Draw
 from utils.pipeline.stage_weights import fill_stage
@@ -36,11 +37,10 @@ def exported(family: Family, folder, weights: dict[str, torch.Tensor]):
         "trained",
         weights,
         expected={name: tuple(value.shape) for name, value in weights.items()},
-        key_map=family.key_map(),
+        key_map=family.full_key_map(),
         dtype=torch.float32,
         family=family.export_metadata(),
         facts=FACTS,
-        prefix=family.full_prefix,
         companions=family.companions(),
     )
 
@@ -103,15 +103,14 @@ def test_a_lora_on_everything_loads_whole_in_diffusers(model, tmp_path):
     values = perturbed(adapter.first_values(trainable_parameters(unet).items(), 0))
     fill_stage(unet, family.layers(unet), family.weights(), values, torch.device("cpu"))
     inputs = family.prepare_inputs(reference.batch(family, 0), Draw(0, 0)).inputs
-    file = export_lora(
+    file = export_adapter(
         tmp_path,
         "trained",
         values,
         expected={name: value.shape for name, value in values.items()},
         key_map=family.key_map(),
         fmt=family.lora_format,
-        alpha=3.0,
-        rank=2,
+        scales=dict.fromkeys(modules_of(values), 3.0 / 2),
         dtype=torch.float32,
         family=family.export_metadata(),
         facts=FACTS,

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
 from models.base import ModelFamily
+from tests.models.pictures import as_picture
+from utils.data.encoders import EncodeItem
 from utils.data.values import Batch
 from utils.draw import generator
 
@@ -20,6 +22,10 @@ PIPELINES = {
 }
 SHAPES = ((3, 8, 8), (1, 4, 12))
 CLIP_TOKENS = 257
+EXPERTS = ("transformer", "transformer_2")
+"""The two models of Wan 2.2 A14B, for high and for low noise, in the order in which the stream counts them."""
+OPTIONS = {"wan22-t2v": {"expert": "high"}, "wan22-i2v": {"expert": "high"}}
+"""For tests of one model and its one file; ``test_experts.py`` has those of both."""
 
 
 def batch(family: ModelFamily, index: int) -> Batch:
@@ -42,12 +48,20 @@ def batch(family: ModelFamily, index: int) -> Batch:
 
 
 def plain_model(folder: Path) -> nn.Module:
-    """The diffusers model of a folder in diffusers layout; of Wan 2.2 A14B the expert for high noise."""
-    return WanTransformer3DModel.from_pretrained(folder / "transformer").train()
+    """The diffusers model of a folder in diffusers layout; of Wan 2.2 A14B both, by their names in diffusers' pipeline."""
+    if not (folder / "transformer_2").is_dir():
+        return one_model(folder)
+    return nn.ModuleDict({name: one_model(folder, name) for name in EXPERTS})
+
+
+def one_model(folder: Path, name: str = "transformer") -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(folder / name).train()
 
 
 def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The model's own forward on what ``prepare_inputs`` made: what the last layer calls ``prediction``."""
+    if "expert" in inputs:
+        model = model[EXPERTS[int(inputs["expert"])]]
     clip = inputs.get("clip")
     if clip is not None:
         clip = clip.reshape(-1, CLIP_TOKENS, clip.shape[-1])  # one picture a row
@@ -67,3 +81,24 @@ def times_by_token(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     _, height, width = (size // patch for size, patch in zip(x.shape[2:], model.config.patch_size, strict=True))
     frame_of_token = torch.arange(x.shape[2]).repeat_interleave(height * width)
     return t[:, frame_of_token.clamp(max=1)]
+
+
+def call_pipeline(pipeline: DiffusionPipeline, item: EncodeItem, x: Tensor) -> None:
+    """One step of the pipeline for the item's caption and pictures, from the noisy latents ``x`` that ``prepare_inputs`` made."""
+    _, _, frames, height, width = x.shape
+    side = pipeline.vae_scale_factor_spatial
+    first, last = (as_picture(item.pixels, frame) for frame in (0, -1))
+    shown = {"image": first} if isinstance(pipeline, WanImageToVideoPipeline) else {}
+    if pipeline.transformer.config.pos_embed_seq_len:
+        shown["last_image"] = last
+    pipeline(
+        prompt=item.caption,
+        height=height * side,
+        width=width * side,
+        num_frames=4 * (frames - 1) + 1,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=x[:, : pipeline.transformer.config.out_channels],
+        output_type="latent",
+        **shown,
+    )

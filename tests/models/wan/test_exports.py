@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from models import load_family
 from tests.models.wan import reference
-from utils.checkpoints.export import TrainingFacts, export_full, export_lora
+from utils.checkpoints.adapter_layouts import modules_of
+from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.draw import Draw, generator
 
 RANK, ALPHA = 4, 6.0
@@ -54,7 +55,8 @@ def test_lora(case, tmp_path):
     expected = prediction(family, trained)
     assert (expected - before).abs().max() > 1e-3
 
-    path = written(tmp_path, family, export_lora, weights, fmt=family.lora_format, alpha=ALPHA, rank=RANK)
+    scales = dict.fromkeys(modules_of(weights), ALPHA / RANK)
+    path = written(tmp_path, family, export_adapter, weights, fmt=family.lora_format, scales=scales)
     pipeline.load_lora_weights(path, adapter_name="run", load_into_transformer_2=name == "transformer_2")
     loaded = {key for key, _ in model.named_parameters() if ".lora_" in key}
     assert len(loaded) == len(weights) == len(load_file(path))

@@ -66,16 +66,19 @@ def test_each_layout_is_found_and_means_the_same_transformer(models, layout, var
     files = find_files(options(path=models / layout / variant))
     config = transformer_config(files)
     assert variant_of(config, files.expert) == variant
-    assert files.expert == ("high" if variant.startswith("wan22") else None)
+    assert files.expert == ("both" if variant.startswith("wan22") else None)
     assert (files.image_encoder is not None) == (variant in ("wan-i2v", "wan-flf2v"))
     saved = WanTransformer3DModel.load_config(models / "diffusers" / variant / "transformer")
     built = dict(WanTransformer3DModel.from_config(config).config)
     assert {name: saved[name] for name in config} == {name: json.loads(json.dumps(built[name])) for name in config}
 
-    source = WeightSource(files.transformer, wan_key_map())
-    expected = load_file(models / "diffusers" / variant / "transformer/diffusion_pytorch_model.safetensors")
-    assert source.names().keys() == expected.keys()
-    assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
+    found = {"transformer": files.transformer, "transformer_2": files.transformer_2}
+    assert (files.transformer_2 is not None) == (files.expert == "both")
+    for name in filter(found.get, found):
+        source = WeightSource(found[name], wan_key_map())
+        expected = load_file(models / "diffusers" / variant / name / "diffusion_pytorch_model.safetensors")
+        assert source.names().keys() == expected.keys()
+        assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
 
 
 def test_single_files_need_no_folder(models):
@@ -304,17 +307,56 @@ NAMED_EXPERTS = {
 
 @pytest.mark.parametrize("variant", ["wan22-t2v", "wan22-i2v"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_either_expert_is_found(models, layout, variant, caplog):
+def test_either_expert_is_found_or_both(models, layout, variant):
     root = models / layout / variant
-    for expert, name in NAMED_EXPERTS[layout].items():
-        place = root / name.format(kind=variant.removeprefix("wan22-"))
+    places = {expert: root / name.format(kind=variant.removeprefix("wan22-")) for expert, name in NAMED_EXPERTS[layout].items()}
+    for expert, place in places.items():
         chosen = find_files(options(path=root, expert=expert))
         named = find_files(options(path=root, transformer_path=place))
         for files in (chosen, named):
-            assert (files.transformer, files.expert) == (place, expert)
-    assert "holds both" not in caplog.text
-    assert find_files(options(path=root)).expert == "high"
-    assert "holds both transformers of Wan 2.2 A14B; this run trains the one for high noise" in caplog.text
+            assert (files.transformer, files.transformer_2, files.expert) == (place, None, expert)
+    paths = {"transformer_path": places["high"], "transformer_2_path": places["low"]}
+    for keys in ({}, {"expert": "both"}, paths, {"transformer_2_path": places["low"]}):
+        files = find_files(options(path=root, **keys))
+        assert (files.transformer, files.transformer_2, files.expert) == (places["high"], places["low"], "both")
+    files = find_files(options(path=root, expert="low", **paths))
+    assert (files.transformer, files.transformer_2, files.expert) == (places["low"], None, "low")
+
+
+def test_a_folder_with_one_expert(models, tmp_path):
+    comfy = Path(shutil.copytree(models / "comfy/wan22-t2v", tmp_path / "comfy"))
+    high, low = (next((comfy / "diffusion_models").glob(f"*_{expert}_noise_*.safetensors")) for expert in ("high", "low"))
+    high.unlink()
+    assert find_files(options(path=comfy)).expert == "low"
+    message = error_of(path=comfy, expert="both")
+    assert "no Wan transformer for high noise" in message
+    assert "name it with model.transformer_path" in message
+    low.with_suffix(".json").rename(tmp_path / low.with_suffix(".json").name)
+    kept = low.rename(tmp_path / low.name)
+    message = error_of(path=comfy, transformer_path=kept, expert="both")
+    assert "no Wan transformer for low noise" in message
+    assert "name it with model.transformer_2_path" in message
+    assert (
+        f"model.transformer_path is the transformer for high noise with model.expert = 'both', but by its name {kept} is the one "
+        "for low noise" in message
+    )
+
+
+def test_two_transformers_of_different_models(models):
+    """By their config: the text-to-video model and the image-to-video model have other channels."""
+    root = models / "released"
+    paths = {"transformer_path": root / "wan22-t2v/high_noise_model", "transformer_2_path": root / "wan22-i2v/low_noise_model"}
+    assert "the two transformers are not of one model: in_channels 16 and 36" in error_of(path=root / "wan22-t2v", **paths)
+
+
+def test_one_file_for_both(models):
+    root = models / "comfy/wan22-t2v"
+    file = next((root / "diffusion_models").glob("*_high_noise_*.safetensors"))
+    message = error_of(path=root, transformer_path=file, transformer_2_path=file)
+    assert (
+        f"model.transformer_2_path is the transformer for low noise with model.expert = 'both', but by its name {file}" in message
+    )
+    assert "model.transformer_path and model.transformer_2_path are the same" in message
 
 
 @pytest.mark.parametrize(
@@ -367,10 +409,20 @@ def test_expert_of_a_model_that_has_none(models):
         assert "no Wan transformer for high noise in" in error_of(path=models / layout / "wan-t2v", expert="high")
 
 
+def test_a_second_transformer_of_a_model_that_has_one(models):
+    root = models / "comfy/wan-i2v"
+    file = root / "diffusion_models/wan2.1_i2v_tiny.safetensors"
+    message = error_of(path=root, transformer_path=file, transformer_2_path=file)
+    assert f"model.transformer_2_path = '{file}' is for Wan 2.2 A14B, which has two transformers; this is Wan 2.1" in message
+
+
 def test_expert_that_is_not_the_named_one(models):
     root = models / "released/wan22-t2v"
     message = error_of(path=root, transformer_path=root / "low_noise_model", expert="high")
-    assert f"model.expert = 'high', but by its name {root / 'low_noise_model'} is the transformer for low noise" in message
+    assert (
+        "model.transformer_path is the transformer for high noise with model.expert = 'high', but by its name "
+        f"{root / 'low_noise_model'} is the one for low noise" in message
+    )
 
 
 def test_first_frame_of_another_model(models):

@@ -20,7 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.wan.keys import wan_key_map
-from utils.checkpoints.export import LoraFormat, TrainingFacts, export_full, export_lora, load_lora
+from utils.checkpoints.adapter_files import read_adapter
+from utils.checkpoints.adapter_format import LoraFormat
+from utils.checkpoints.adapter_layouts import modules_of
+from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Transform
 from utils.errors import UserError
 
@@ -92,14 +95,13 @@ def lora(folder, weights, name="run", **changes):
         "expected": changes.get("expected") or shapes(weights),
         "key_map": wan_key_map(),
         "fmt": WAN,
-        "alpha": ALPHA,
-        "rank": RANK,
+        "scales": dict.fromkeys(modules_of(changes.get("expected") or weights), changes.pop("alpha", ALPHA) / RANK),
         "dtype": torch.float32,
         "family": FAMILY,
         "facts": FACTS,
         **changes,
     }
-    return export_lora(folder, name, weights, **arguments)
+    return export_adapter(folder, name, weights, **arguments)
 
 
 def full(folder, weights, name="run", **changes):
@@ -174,7 +176,7 @@ def test_our_reader_gives_back_what_was_written(fmt, tmp_path):
     trained = with_adapters(wan(), targets="|".join(map(re.escape, modules)))
     weights = adapter_weights(trained)
     path = lora(tmp_path, weights, fmt=fmt)
-    read = load_lora(path, modules, wan_key_map())
+    read = read_adapter(path, modules, wan_key_map())
     assert read.weights.keys() == weights.keys()
     assert set(read.scales.values()) == {1.0}
     assert read.metadata["ss_network_alpha"] == "12"
@@ -188,7 +190,7 @@ def test_alpha_of_another_trainers_file_is_read(tmp_path):
     prefix = "lora_unet_blocks_1_ffn_2"
     tensors = {f"{prefix}.lora_down.weight": torch.ones(8, 32), f"{prefix}.lora_up.weight": torch.ones(24, 8)}
     save_file({**tensors, f"{prefix}.alpha": torch.tensor(2.0)}, tmp_path / "other.safetensors")
-    read = load_lora(tmp_path / "other.safetensors", ["blocks.1.ffn.net.2", "blocks.0.ffn.net.2"], wan_key_map())
+    read = read_adapter(tmp_path / "other.safetensors", ["blocks.1.ffn.net.2", "blocks.0.ffn.net.2"], wan_key_map())
     assert read.scales == {"blocks.1.ffn.net.2": 0.25}
     assert shapes(read.weights) == {"blocks.1.ffn.net.2.lora_A.weight": (8, 32), "blocks.1.ffn.net.2.lora_B.weight": (24, 8)}
 
@@ -208,14 +210,14 @@ def test_a_module_whose_rows_the_release_moves(tmp_path):
     tensors = load_file(path)
     assert torch.equal(tensors["diffusion_model.mod.lora_B.weight"], weights["norm.lora_B.weight"].roll(2, 0))
     assert torch.equal(tensors["diffusion_model.mod.lora_A.weight"], weights["norm.lora_A.weight"])
-    read = load_lora(path, ["norm", "out", "to_q"], SWAPPED)
+    read = read_adapter(path, ["norm", "out", "to_q"], SWAPPED)
     assert all(torch.equal(read.weights[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_lora_on_a_fused_module_is_read_for_each_part(tmp_path):
     down, up = torch.randn(RANK, 3), torch.randn(6, RANK)
     save_file({"qkv.lora_A.weight": down, "qkv.lora_B.weight": up}, tmp_path / "fused.safetensors")
-    read = load_lora(tmp_path / "fused.safetensors", ["to_q", "to_k", "to_v", "out"], SWAPPED)
+    read = read_adapter(tmp_path / "fused.safetensors", ["to_q", "to_k", "to_v", "out"], SWAPPED)
     for index, module in enumerate(("to_q", "to_k", "to_v")):
         delta = read.weights[f"{module}.lora_B.weight"] @ read.weights[f"{module}.lora_A.weight"]
         assert torch.equal(delta, (up @ down)[2 * index : 2 * index + 2])
@@ -266,11 +268,29 @@ def test_adapters_of_a_fused_module_become_one(modules, fmt, kernel, tmp_path):
     expected = ATTENTION.to_released({f"{module}.weight": part for module, part in parts.items()})["attn.qkv_mlp.weight"]
     torch.testing.assert_close(torch.tensordot(up.flatten(1), down, dims=1), expected)
 
-    read = load_lora(path, ["out", "to_v", "mlp", "to_q", "to_k"], ATTENTION)  # in whatever order
+    read = read_adapter(path, ["out", "to_v", "mlp", "to_q", "to_k"], ATTENTION)  # in whatever order
     assert read.weights.keys() == weights.keys()
     assert read.scales == dict.fromkeys(modules, 1.0)
     for name, tensor in weights.items():
         assert torch.equal(read.weights[name], tensor * (ALPHA / RANK) if "lora_B" in name else tensor)
+
+
+def test_adapters_of_other_ranks_and_scales_become_one(tmp_path):
+    """Each at its own strength; taken apart again, each has its own rank."""
+    torch.manual_seed(4)
+    ranks, scales = {"to_q": 4, "to_k": 1, "mlp": 3}, {"to_q": 0.5, "to_k": 3.0, "mlp": 1.25}
+    weights = {}
+    for module, rank in ranks.items():
+        weights[f"{module}.lora_A.weight"] = torch.randn(rank, 7)
+        weights[f"{module}.lora_B.weight"] = torch.randn(ROWS[module], rank)
+    path = lora(tmp_path, weights, key_map=ATTENTION, fmt=KOHYA, scales=scales)
+    assert load_file(path)["lora_unet_attn_qkv_mlp.lora_down.weight"].shape == (8, 7)
+    read = read_adapter(path, ROWS, ATTENTION)
+    assert {module: len(read.weights[f"{module}.lora_A.weight"]) for module in read.scales} == ranks
+    for module in ranks:
+        torch.testing.assert_close(delta(read.weights, module), scales[module] * delta(weights, module))
+    told = metadata(path)
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("4", "2")
 
 
 def test_the_scale_of_a_fused_adapter_is_by_its_whole_rank(tmp_path):
@@ -278,13 +298,13 @@ def test_the_scale_of_a_fused_adapter_is_by_its_whole_rank(tmp_path):
     tensors = load_file(lora(tmp_path, weights, key_map=ATTENTION, fmt=KOHYA))
     tensors["lora_unet_attn_qkv_mlp.alpha"] /= 2
     save_file(tensors, tmp_path / "half.safetensors")
-    read = load_lora(tmp_path / "half.safetensors", ROWS, ATTENTION)
+    read = read_adapter(tmp_path / "half.safetensors", ROWS, ATTENTION)
     assert read.scales == dict.fromkeys(("to_q", "to_k", "to_v", "mlp"), 0.5)
 
 
 def test_a_fused_adapter_that_still_has_only_zeros_is_read_for_each_part(tmp_path):
     weights = {name: tensor * ("lora_A" in name) for name, tensor in adapters("to_q", "to_k").items()}
-    read = load_lora(lora(tmp_path, weights, key_map=ATTENTION), ROWS, ATTENTION)
+    read = read_adapter(lora(tmp_path, weights, key_map=ATTENTION), ROWS, ATTENTION)
     assert {name.partition(".")[0] for name in read.weights} == {"to_q", "to_k", "to_v", "mlp"}
     assert all(delta(read.weights, module).eq(0).all() for module in ("to_q", "to_k", "to_v", "mlp"))
 
@@ -297,7 +317,7 @@ def test_a_module_with_two_adapters(tmp_path):
     }
     save_file(both, tmp_path / "both.safetensors")
     with pytest.raises(UserError, match="to_q has more than one adapter"):
-        load_lora(tmp_path / "both.safetensors", ROWS, ATTENTION)
+        read_adapter(tmp_path / "both.safetensors", ROWS, ATTENTION)
 
 
 @pytest.mark.parametrize(
@@ -317,17 +337,17 @@ def test_what_is_no_lora_of_this_model(tensors, message, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, path)
     with pytest.raises(UserError, match=message):
-        load_lora(path, ["blocks.0.ffn.net.0.proj"], wan_key_map())
+        read_adapter(path, ["blocks.0.ffn.net.0.proj"], wan_key_map())
 
 
 def test_a_lora_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.safetensors cannot be read: No such file"):
-        load_lora(tmp_path / "nothing.safetensors", [], wan_key_map())
+        read_adapter(tmp_path / "nothing.safetensors", [], wan_key_map())
     cut = tmp_path / "cut.safetensors"
     save_file({"a": torch.zeros(100)}, cut)
     os.truncate(cut, cut.stat().st_size - 8)
     with pytest.raises(UserError, match="incomplete"):
-        load_lora(cut, [], wan_key_map())
+        read_adapter(cut, [], wan_key_map())
 
 
 # --- the whole model -----------------------------------------------------------------------------------------------------------
@@ -474,7 +494,7 @@ def assert_unharmed(older, folder):
             lambda w: w.update({"blocks.1.attn1.to_v.lora_A.weight": torch.zeros(4, 5)}),
             r"blocks\.1\.self_attn\.v\.lora_A\.weight has the shape \[4, 5\], it should have \[4, 24\]",
         ),
-        (lambda w: w.update({"blocks.1.attn1.to_v.lora_A.weight": torch.zeros(5, 24)}), "attn1.to_v has matrices .* but rank 4"),
+        (lambda w: w.update({"blocks.1.attn1.to_v.lora_A.weight": torch.zeros(5, 24)}), "attn1.to_v has matrices that do not fit"),
     ],
     ids=["missing", "unknown", "not finite", "misshapen", "other rank"],
 )

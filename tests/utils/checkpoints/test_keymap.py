@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Source, Transform
+from utils.checkpoints.keymap import Fuse, KeyMap, ModulePlace, Rename, Source, Transform
 from utils.errors import UserError
 
 
@@ -188,3 +188,23 @@ def test_ignored_names_are_left_out():
     assert key_map.to_released({"blocks.3.unused": torch.zeros(1)}) == {}
     assert key_map.to_diffusers({"blocks.3.unused": torch.zeros(1)}) == {}
     assert key_map.diffusers_names("blocks.3.unused", "diffusers") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "separator", "expected"),
+    [
+        ("double.3.qkv", ".", ModulePlace("double.3.qkv", "released", ("blocks.3.to_q", "blocks.3.to_k", "blocks.3.to_v"))),
+        ("double_12_qkv", "_", ModulePlace("double.12.qkv", "released", ("blocks.12.to_q", "blocks.12.to_k", "blocks.12.to_v"))),
+        ("blocks_12_to_k", "_", ModulePlace("blocks.12.to_k", "diffusers", ("blocks.12.to_k",))),
+        ("single.0.linear1", ".", ModulePlace("single.0.linear1", "released", ("single.0.q", "single.0.mlp"))),
+        ("blocks_1_out", "_", ModulePlace("blocks.1.out", "diffusers", ("blocks.1.out",))),
+        ("img_in", "_", ModulePlace("img_in", "released", ("embed",))),
+        ("double_3_qkv", ".", None),
+        ("double.3.qkv", "_", None),
+        ("double.x.qkv", ".", None),
+        ("modulation", ".", None),  # a tensor, not a module
+    ],
+)
+def test_the_module_that_a_path_means(path, separator, expected):
+    """Without a list of the model's modules, also where the parts are joined by ``_``."""
+    assert make_map().place_of(path, separator) == expected

@@ -141,7 +141,7 @@ def test_equal_weights_from_every_arrangement(write, tmp_path):
         assert value.untyped_storage().nbytes() == tensor.nbytes  # its own memory, not a view of something larger
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn, torch.int32, torch.bool])
 def test_dtypes_and_empty_tensors(dtype, tmp_path):
     values = torch.tensor([[0, 1, 2], [3, 4, 5]]).to(dtype)
     save_file({"img_in.weight": values, "img_in.bias": values[:0]}, tmp_path / "model.safetensors")
@@ -317,7 +317,7 @@ def unknown_tensor(folder):
 
 
 def quantised(folder):
-    save_file({**make_state(), "embed.scale_weight": torch.zeros(1)}, folder / "model.safetensors")
+    save_file({**make_state(), "embed.weight": torch.zeros(8, 8, dtype=torch.int8)}, folder / "model.safetensors")
     return folder / "model.safetensors"
 
 
@@ -356,7 +356,10 @@ def fused_rows_that_do_not_divide(folder):
             r".* and 4 more; expected are names such as embed\.weight.*\(diffusers\) or img_in\.weight.*\(original release\)",
         ),
         (unknown_tensor, r"(?s)does not have:.*blocks\.0\.to_qq\.weight \(the nearest known name is blocks\.0\.to_q\.weight\)"),
-        (quantised, r"(?s)embed\.scale_weight.*These are quantised weights with scales; use the bf16 or fp16 file"),
+        (
+            quantised,
+            r"(?s)model\.safetensors is quantised .*use the model's bf16, fp16 or fp8 file.*embed\.weight is quantised to int8",
+        ),
         (
             fused_rows_that_do_not_divide,
             r"model\.safetensors: block\.0\.qkv\.weight has the shape \[7, 2\]; its rows should be a multiple",

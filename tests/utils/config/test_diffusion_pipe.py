@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.config.diffusion_pipe import DATASET_REFUSED, NO_EFFECT, REFUSED, RENAMED
+from utils.config.diffusion_pipe import DATASET_NO_EFFECT, DATASET_REFUSED, DATASET_RENAMED, NO_EFFECT, REFUSED, RENAMED
 from utils.config.schema import AdapterConfig, DatasetConfig, DirectoryConfig, ModelOptions, RunConfig, WandbConfig
 
 TABLES = {"": RunConfig, "model": ModelOptions, "adapter": AdapterConfig, "wandb": WandbConfig}
@@ -113,6 +113,16 @@ def test_other_names_for_loras(files):
     ]
 
 
+def test_a_lokr_of_whole_factors(files):
+    """As its example has it: a rank with a point, of which TOML makes another kind of number."""
+    main = files.main(adapter="type = 'lokr'\ndecompose_factor = 4").replace("rank = 8", "rank = 1e6")
+    adapter = files.load(main).run.adapter
+    assert (adapter.type, adapter.rank, adapter.decompose_factor) == ("lokr", 1_000_000, 4)
+    assert files.problems(main.replace("1e6", "1.5")) == [
+        "main.toml:12: adapter.rank must be a whole number of at least 1, got the number 1.5"
+    ]
+
+
 def test_another_name_beside_ours(files):
     assert files.problems(files.main(model='ckpt_path = "there"')) == [
         "main.toml:6: model.ckpt_path is another name for model.path, which is given too; remove one of them"
@@ -167,7 +177,54 @@ def test_the_tables_name_keys_that_are_not_ours_and_lead_to_ours():
     for key in [*NO_EFFECT, *REFUSED]:
         table, _, name = key.rpartition(".")
         assert table == "monitoring" or name not in TABLES[table].model_fields
-    assert not DATASET_REFUSED.keys() & (DatasetConfig.model_fields.keys() | DirectoryConfig.model_fields.keys())
+    ours = DatasetConfig.model_fields.keys() | DirectoryConfig.model_fields.keys()
+    assert not {*DATASET_REFUSED, *DATASET_RENAMED, *DATASET_NO_EFFECT} & ours
+    assert ours >= {*DATASET_RENAMED.values()}
+
+
+def test_shuffled_captions(files):
+    data = files.data(
+        'cache_shuffle_num = 10\ncache_shuffle_delimiter = ";"',
+        directory="cache_shuffle_num = 2\nshuffle_tags = false\nonline_captions = true\n",
+    )
+    loaded = files.load(files.main(), data)
+    dataset, [directory] = loaded.dataset, loaded.dataset.directory
+    assert (dataset.shuffle_tags, dataset.caption_variants, dataset.tag_delimiter) == (True, 10, ";")
+    # Its cache_shuffle_num goes before its older shuffle_tags.
+    assert (directory.shuffle_tags, directory.caption_variants) == (True, 2)
+    assert [notice.split(": ", 1)[1][:80] for notice in loaded.notices] == [
+        "cache_shuffle_delimiter is read as tag_delimiter",
+        "cache_shuffle_num = 10 is read as shuffle_tags = true and caption_variants = 10;",
+        "directory[0].online_captions = true has no effect here: captions are read at eve",
+        "directory[0].cache_shuffle_num = 2 is read as shuffle_tags = true and caption_va",
+    ]
+    plain = files.load(files.main(), files.data("cache_shuffle_num = 0\nshuffle_tags = true"))
+    assert (plain.dataset.shuffle_tags, plain.dataset.caption_variants) == (True, 4)
+    assert plain.notices == [
+        "data.toml:1: cache_shuffle_num = 0 has no effect here: shuffle_tags alone says whether tags are shuffled"
+    ]
+
+
+@pytest.mark.parametrize(("value", "ours"), [("true", "error"), ("false", "empty")])
+def test_items_without_captions(files, value, ours):
+    loaded = files.load(files.main(), files.data(f"skip_empty_caption = {value}"))
+    assert loaded.dataset.on_missing_caption == ours
+    (notice,) = loaded.notices
+    assert notice.startswith(f'data.toml:1: skip_empty_caption = {value} is read as on_missing_caption = "{ours}"')
+
+
+def test_caption_keys_that_are_wrong(files):
+    lines = 'cache_shuffle_num = 2.5\nskip_empty_caption = "no"\ncache_shuffle_delimiter = ""'
+    assert files.problems(files.main(), files.data(lines)) == [
+        "data.toml:1: cache_shuffle_num must be a whole number of at least 0, got the number 2.5",
+        "data.toml:2: skip_empty_caption is not a known key; configs/README.md lists the keys",
+        "data.toml:3: tag_delimiter = '': it may not be empty; tags are divided by a text like \", \"",
+    ]
+    lines = 'cache_shuffle_num = 2\ncaption_variants = 3\nskip_empty_caption = true\non_missing_caption = "empty"'
+    assert files.problems(files.main(), files.data(lines)) == [
+        "data.toml:1: cache_shuffle_num is another name for caption_variants, which is given too; remove one of them",
+        "data.toml:3: skip_empty_caption is another name for on_missing_caption, which is given too; remove one of them",
+    ]
 
 
 def test_monitoring_that_is_off(files):

@@ -56,14 +56,26 @@ ONE_MISTAKE = {
         {"top": "pipeline_stage = 2"},
         "main.toml:1: pipeline_stage is not a known key; did you mean `pipeline_stages`?",
     ),
+    "more to keep where all are kept": (
+        {"top": 'keep_last = "all"\nkeep_every_n_steps = 100'},
+        'main.toml:2: keep_every_n_steps = 100: keep_last = "all" keeps every checkpoint already; give a number there',
+    ),
+    "the best of what is not measured": (
+        {"top": "keep_best = 2"},
+        "main.toml:1: keep_best = 2: without eval_datasets there is no held-out loss to compare by",
+    ),
+    "the best of what is never measured": (
+        {"top": 'eval_datasets = [{name = "a", config = "data.toml"}]\nkeep_best = 2'},
+        "main.toml:2: keep_best = 2: no held-out loss is measured; set eval_every_n_steps or eval_every_n_epochs",
+    ),
     "unknown key that is part of one": (
         {"top": "batch_size = 2"},
         "main.toml:1: batch_size is not a known key; did you mean `micro_batch_size_per_gpu`?",
     ),
     "unknown key with nothing near": (
         {"adapter": "qqq = 2"},
-        "main.toml:10: adapter.qqq is not a known key; allowed: type, rank, alpha, init_from, dropout, dtype, target_modules, "
-        "exclude_modules",
+        "main.toml:10: adapter.qqq is not a known key; allowed: type, rank, alpha, decompose_factor, init_from, dropout, dtype, "
+        "target_modules, exclude_modules, layers, override",
     ),
     "unknown key of the family": (
         {"model": 'flavor = "sweet"'},
@@ -143,6 +155,24 @@ ONE_MISTAKE = {
     "wrong member of a list": (
         {"top": "eval_timesteps = [0.1, 2.0]"},
         "main.toml:1: eval_timesteps must be a list of numbers above 0 and below 1, got the list [0.1, 2.0]",
+    ),
+    "neither numbers nor a table": (
+        {"adapter": "layers = [1, 2]"},
+        'main.toml:10: adapter.layers must be numbers like "0-9,20", or a table of them, got the list [1, 2]',
+    ),
+    "ranges of blocks": (
+        {"adapter": 'layers = {transformer_blocks = "9-0"}'},
+        "main.toml:10: adapter.layers = {'transformer_blocks': '9-0'}: '9-0' names no blocks; write numbers, and ranges from low "
+        'to high, like "0-9,20"',
+    ),
+    "an override without effect": (
+        {"adapter": 'override = [{modules = ["to_q"]}]'},
+        "main.toml:10: adapter.override[0].alpha: give a rank or an alpha, or these modules are like the others",
+    ),
+    "dropout of a kind that has none": (
+        {"adapter": 'type = "lokr"\ndropout = 0.1'},
+        'main.toml:11: adapter.dropout = 0.1: type = "lokr" is added to the weight and has no input to drop; remove it, or use a '
+        "lora or dora",
     ),
     "neither text nor a list": (
         {"adapter": "target_modules = [1]"},
@@ -451,6 +481,8 @@ class TestOverrides:
             ("lr=3", "--set lr: lr is not a known key; it is a key of [optimizer]"),
             ("no.table=3", "main.toml:1: no is not a known key; configs/README.md lists the keys"),
             ("adapter.rank=0", "--set adapter.rank: adapter.rank must be a whole number of at least 1, got the whole number 0"),
+            ("optimizer.zero=2", "--set optimizer.zero: optimizer.zero must be one of 0, 1, got the whole number 2"),
+            ("optimizer.part_lr.a=-1", "main.toml:12: optimizer.part_lr must be a table of numbers of at least 0, got the table"),
             ("adapter.rank=four", "--set adapter.rank: adapter.rank must be a whole number of at least 1, got the string 'four'"),
             ("seed", "--set seed: write it as key=value or table.key=value"),
             ("adapter.=3", "--set adapter.: write it as key=value or table.key=value"),

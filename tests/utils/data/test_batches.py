@@ -12,21 +12,32 @@ from hypothesis import strategies as st
 from tests.utils.data.encode_worker import Bytes, Pooling, samples_of
 from utils.data.batches import BatchLoader, EpochOrder, MicroBatchPlan
 from utils.data.cache import DatasetCache
-from utils.data.values import Batch, Bucket, MicroBatch, Sample
+from utils.data.values import Batch, Bucket, Control, MicroBatch, Sample
 from utils.draw import Draw
 
 BUCKETS = [Bucket(64, 64, 1), Bucket(64, 64, 9), Bucket(96, 48, 9)]
 
 
-def sample(number: int, bucket: Bucket, num_repeats: int) -> Sample:
+def sample(number: int, bucket: Bucket, num_repeats: int, num_controls: int = 0) -> Sample:
     path = Path(f"{number}.mp4")
-    return Sample(f"data/{path.name}@{bucket}", path, f"{number:040}", "a caption", bucket, "single_beginning", 16.0, num_repeats)
+    controls = tuple(Control(Path(f"{number}-{place}.png"), f"{number}-{place}") for place in range(num_controls))
+    return Sample(
+        f"data/{path.name}@{bucket}",
+        path,
+        f"{number:040}",
+        "a caption",
+        bucket,
+        "single_beginning",
+        16.0,
+        num_repeats,
+        controls,
+    )
 
 
 @st.composite
 def orders(draw: st.DrawFn) -> EpochOrder:
-    kinds = draw(st.lists(st.tuples(st.sampled_from(BUCKETS), st.integers(1, 3)), min_size=1, max_size=25))
-    samples = [sample(number, bucket, repeats) for number, (bucket, repeats) in enumerate(kinds)]
+    kinds = draw(st.lists(st.tuples(st.sampled_from(BUCKETS), st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=25))
+    samples = [sample(number, *kind) for number, kind in enumerate(kinds)]
     return EpochOrder(samples, draw(st.integers(1, 5)), draw(st.integers(0, 3)))
 
 
@@ -39,15 +50,16 @@ def plans_of_epoch(order: EpochOrder, epoch: int, per_step: int) -> list[list[Mi
 def test_an_epoch_shows_every_sample_and_repeats_only_to_fill_up(order: EpochOrder, epoch: int):
     plans = order.micro_batches(epoch)
     assert len(plans) == order.num_micro_batches
-    bucket_of = {entry.key: entry.bucket for entry in order.samples}
-    assert all(len({bucket_of[key] for key, _ in plan.members}) == 1 for plan in plans)
+    # Tensors of other shapes, or another number of control pictures, could not be stacked.
+    kind_of = {entry.key: (entry.bucket, len(entry.controls)) for entry in order.samples}
+    assert all(len({kind_of[key] for key, _ in plan.members}) == 1 for plan in plans)
     assert all(len(plan.members) == order.micro_batch_size for plan in plans)
     shown = Counter(key for plan in plans for key, _ in plan.members)
     for entry in order.samples:
         assert shown[entry.key] >= entry.num_repeats
     # What was added fills one micro-batch of each bucket at most.
-    for bucket in set(bucket_of.values()):
-        added = sum(shown[entry.key] - entry.num_repeats for entry in order.samples if entry.bucket == bucket)
+    for kind in set(kind_of.values()):
+        added = sum(shown[entry.key] - entry.num_repeats for entry in order.samples if kind_of[entry.key] == kind)
         assert added < order.micro_batch_size
     assert_occurrences_count_up(plans)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import assign, buckets_for, problems, settings_for
 from utils.data.media import MediaInfo
-from utils.data.values import Bucket, SizeRules
+from utils.data.values import Bucket, ControlRules, SizeRules
 
 CLIPS = SizeRules(multiple=16, frame_step=4, fps=16.0)
 PICTURES = SizeRules(multiple=32, frame_step=None, fps=None)
@@ -133,6 +133,45 @@ def test_a_directory_overrides_the_dataset():
     # Its own resolutions are not overruled by the explicit sizes of the whole file.
     assert (second.num_repeats, second.caption_prefix, second.resolutions, second.size_buckets) == (3, "style, ", [256], None)
     assert (third.frame_buckets, third.size_buckets) == ([5], [[64, 64, 9]])
+
+
+def test_a_directory_may_have_aspect_ratios_of_its_own():
+    dataset = config(
+        {"min_ar": 0.8, "max_ar": 1.25, "num_ar_buckets": 3},
+        {"ar_buckets": [1.0]},
+        {"max_ar": 4.0},
+        resolutions=[512],
+        enable_ar_bucket=True,
+        ar_buckets=[0.5, 2.0],
+    )
+    ratios = [
+        [round(bucket.width / bucket.height, 2) for bucket in buckets_for(settings_for(dataset, directory), CLIPS)[0]]
+        for directory in dataset.directory
+    ]
+    # What the directory says of its ratios goes before the list of the whole file.
+    assert ratios[0] == [0.81, 1.0, 1.24]
+    assert ratios[1] == [1.0]
+    assert (min(ratios[2]), max(ratios[2]), len(ratios[2])) == (0.51, 4.0, 7)
+    assert problems(config({"min_ar": 3.0}, {}, resolutions=[512], enable_ar_bucket=True), CLIPS) == [
+        "[[directory]] data0: min_ar, max_ar: 3 is above 2; the narrowest comes first"
+    ]
+
+
+def test_control_pictures_that_the_model_does_not_take():
+    dataset = config({}, {"control_path": "a"}, {"control_path": ["a", "b"]}, resolutions=[512])
+    assert problems(dataset, PICTURES, ControlRules(0, 10)) == []
+    none = "and this model takes no control pictures for each item; remove the key, or train the other"
+    assert problems(dataset, PICTURES, ControlRules(0, 0, "train the other")) == [
+        f"[[directory]] data1: control_path names 1 folder, {none}",
+        f"[[directory]] data2: control_path names 2 folders, {none}",
+    ]
+    advice = "name as many folders, each with one control picture for each item"
+    assert problems(dataset, PICTURES, ControlRules(1, None)) == [
+        f"[[directory]] data0: there is no control_path, and this model takes one or more control pictures for each item; {advice}"
+    ]
+    assert problems(dataset, PICTURES, ControlRules(1, 1))[1:] == [
+        f"[[directory]] data2: control_path names 2 folders, and this model takes one control picture for each item; {advice}"
+    ]
 
 
 def test_good_settings_have_no_problems():

@@ -108,6 +108,28 @@ def test_what_matters_to_pixels_is_in_their_key(mixed: Path, tmp_path: Path):
     assert encoded() == 0  # by content, not by name
 
 
+def test_an_encoder_of_the_first_frame_gets_that_alone(mixed: Path, tmp_path: Path):
+    class FirstFrame(Pooling):
+        name = "first"
+        max_frames = 1
+
+        def outputs(self, items):
+            assert all(item.pixels.shape[1] == 1 for item in items)
+            return super().outputs(items)
+
+    class WholeClip(Pooling):
+        def outputs(self, items):
+            return [{"whole": fields["latents"]} for fields in super().outputs(items)]
+
+    samples, encoders = samples_of(mixed), [FirstFrame(), WholeClip()]
+    cache = DatasetCache(tmp_path / "cache")
+    build(cache, samples, encoders)
+    assert any(sample.bucket.frames > 1 for sample in samples)
+    for sample in samples:
+        fields = cache.read(sample, encoders)
+        assert torch.equal(fields["latents"], fields["whole"][:, :1])
+
+
 def test_another_fingerprint_is_another_cache(mixed: Path, tmp_path: Path):
     cache, samples = DatasetCache(tmp_path / "cache"), samples_of(mixed)
     build(cache, samples, [Bytes()])

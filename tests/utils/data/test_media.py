@@ -192,6 +192,16 @@ def test_frames_behind_the_last_one_needed_are_not_decoded(write_clip):
     assert torch.equal(*[load_pixels(file, bucket, 16.0, "single_beginning") for file in (path, broken)])
     with pytest.raises(MediaError, match=r"damaged_a\.mp4: it does not decode"):
         load_pixels(broken, Bucket(64, 32, 125), 16.0, "single_beginning")
+    # Nor behind the last one that is asked for.
+    whole = load_pixels(path, Bucket(64, 32, 125), 16.0, "single_beginning")
+    assert torch.equal(load_pixels(broken, Bucket(64, 32, 125), 16.0, "single_beginning", max_frames=2), whole[:, :2])
+
+
+def test_the_first_frame_is_that_of_the_whole_clip(assets):
+    path, bucket = assets.clips["bikes.mp4"], Bucket(64, 32, 33)
+    for mode in ("single_beginning", "single_middle"):
+        assert torch.equal(load_pixels(path, bucket, 16.0, mode, max_frames=1), load_pixels(path, bucket, 16.0, mode)[:, :1])
+    assert load_pixels(assets.images["rocket.jpg"], Bucket(64, 64, 1), None, "single_beginning", max_frames=1).shape[1] == 1
 
 
 def test_frames_long_before_the_middle_are_not_decoded(write_clip):

@@ -112,8 +112,9 @@ def test_everything_that_is_wrong_is_told_at_once(mixed: Path, assets, tmp_path:
     assert refusal(config(missing, mixed)).splitlines() == [
         "the data set has 7 problems:",
         f"  - [[directory]] path = '{missing}': the folder cannot be read (No such file or directory); correct the path",
-        f"  - {mixed}/astronaut.txt: the caption is not UTF-8 (byte 3); save it as UTF-8",
-        f"  - {mixed}/coffee.png: it has no caption; write one to coffee.txt beside it (an empty file is an empty caption)",
+        f"  - {mixed}/astronaut.txt: the caption is not UTF-8 (byte 3); save it as UTF-8, or say in caption_encoding what it is",
+        f"  - {mixed}/coffee.png: it has no caption; write one to coffee.txt beside it (an empty file is an empty caption), "
+        'or set on_missing_caption = "empty"',
         f"  - {mixed}/lonely.txt: a caption without a picture or clip of the same name; remove it, or add the file",
         f"  - {mixed}/phone.heic: it has a caption, but files of this kind are not read; convert it to one of .avi, .avif, .bmp, "
         ".flv, .gif, .jpeg, .jpg, .m4v, .mkv, .mov, .mp4, .mpeg, .mpg, .png, .tif, .tiff, .webm, .webp, .wmv",
@@ -133,7 +134,7 @@ def test_many_problems_are_counted(tmp_path: Path):
 
 def test_settings_the_model_cannot_take(mixed: Path):
     assert refusal(config(mixed, frame_buckets=[1, 10])).splitlines() == [
-        "the dataset's sizes do not fit the model:",
+        "the dataset does not fit the model:",
         "  - frame_buckets: 10 frames: this model takes 4k + 1 frames (9 or 13)",
     ]
 

@@ -17,7 +17,8 @@ from torch import nn
 from utils.config.schema import OptimizerConfig
 from utils.errors import UserError
 from utils.optim.kinds import OPTIMIZERS, find_kind
-from utils.optim.optimizers import RunOptimizer, couples_parameters, optimizer_problems
+from utils.optim.optimizers import RunOptimizer
+from utils.optim.trials import couples_parameters, optimizer_problems
 
 # Sizes that are no multiple of a vector register or of a quantisation block, and some large enough for 8-bit state.
 SHAPES = {"a.weight": (96, 65), "a.bias": (65,), "b.weight": (7, 3, 3), "c.weight": (70, 70), "d.scale": ()}
@@ -147,11 +148,35 @@ def test_learning_rate():
     params = parameters()
     optimizer = RunOptimizer(params, config("muon", lr=0.5))
     before = bits(params)
-    assert optimizer.set_lr(0.0) == 0.0
+    optimizer.set_lr(0.0)
     assert_same_bits(before, bits(train(params, optimizer, 0, 1)))
-    assert optimizer.set_lr(0.5) == 0.25
+    optimizer.set_lr(0.5)
     train(params, optimizer, 1, 2)
     assert all(not torch.equal(before[name], params[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("type_", ALONE)
+def test_each_parameter_has_its_own_learning_rate(type_, tmp_path):
+    """A run with two rates steps each parameter as a run with its rate does, through a schedule and a checkpoint."""
+    rates = {name: 3e-3 if name.startswith("a") else 1e-2 for name in SHAPES}
+
+    def steps(params, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.set_lr((step + 1) / 5)
+            train(params, optimizer, step, step + 1)
+        return params
+
+    grouped = steps(params := parameters(), first := RunOptimizer(params, config(type_), rates.__getitem__), 0, 3)
+    resumed = parameters()
+    for name, parameter in resumed.items():
+        parameter.data.copy_(grouped[name])
+    second = RunOptimizer(resumed, config(type_), rates.__getitem__)
+    second.load_state(*saved(first, tmp_path / "state.safetensors"))
+    steps(resumed, second, 3, 5)
+    for rate in set(rates.values()):
+        whole = steps(params := parameters(), RunOptimizer(params, config(type_, lr=rate)), 0, 5)
+        for name in [name for name in SHAPES if rates[name] == rate]:
+            assert torch.equal(whole[name], resumed[name]), name
 
 
 def test_a_parameter_without_gradient_stays():

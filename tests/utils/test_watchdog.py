@@ -1,0 +1,62 @@
+"""When a step is taken for hung.  What the watchdog does then, and when ranks vanish, is in tests/distributed/test_stopping.py."""
+
+import pytest
+import torch
+
+from utils.config.schema import LimitsConfig
+from utils.stopping import Stopped, Stopper
+from utils.topology import Topology
+from utils.watchdog import HANG_FACTOR, LEAST_HANG_SECONDS, UNMEASURED_STEPS, Watchdog
+
+
+@pytest.fixture
+def watchdog():
+    def make(limits: LimitsConfig | None = None, stopper: Stopper | None = None) -> Watchdog:
+        return Watchdog(Topology(0, 1, 1, torch.device("cpu"), {}, {}, None), stopper or Stopper(), limits)
+
+    return make
+
+
+def test_the_first_steps_are_not_measured(watchdog):
+    with watchdog(LimitsConfig(hang_timeout="5s")) as watch:
+        for number in range(UNMEASURED_STEPS):
+            with watch.step(number):
+                assert watch.limit is None
+        assert watch.longest_step == 0
+        with watch.step(UNMEASURED_STEPS):
+            pass
+        assert watch.limit == 5
+
+
+def test_without_a_setting_it_is_a_multiple_of_the_usual_step(watchdog):
+    with watchdog() as watch:
+        watch._seconds.extend([1.0, 2.0, 3.0])
+        assert watch.limit == LEAST_HANG_SECONDS
+        watch._seconds.extend([100.0, 100.0, 100.0, 5000.0])
+        assert watch.limit == HANG_FACTOR * 100.0
+        assert watch.longest_step == 5000.0
+
+
+def test_the_phase_names_where_the_run_is(watchdog):
+    with watchdog() as watch:
+        assert watch.phase == "start-up"
+        watch.safe_point("encoding")
+        assert watch.phase == "encoding"
+        with watch.step(12):
+            assert watch.phase == "step 12"
+        assert watch.phase == "the time after step 12"
+
+
+def test_a_step_that_fails_is_not_watched_any_more(watchdog):
+    with watchdog(LimitsConfig(hang_timeout="1s")) as watch:
+        watch._seconds.append(1.0)
+        with pytest.raises(RuntimeError), watch.step(12):
+            raise RuntimeError("out of memory")
+        assert watch._deadline is None
+
+
+def test_a_wish_from_before_stops_at_the_next_safe_point(watchdog):
+    stopper = Stopper()
+    stopper.ask("SIGTERM")
+    with pytest.raises(Stopped, match="SIGTERM"), watchdog(stopper=stopper) as watch:
+        watch.safe_point("encoding")
