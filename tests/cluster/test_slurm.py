@@ -93,11 +93,10 @@ def test_what_slurm_ends_continues_exactly(workspace, tiny, slurm):
     config.write_text(without_limit)
     job.start_again_now()
 
-    # A node is lost.
+    # A node is lost; it comes back as soon as Slurm hears of it.
     job.trains()
     slurm.control("update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.wait_until(lambda: slurm.state(job.number) == "PENDING")
-    slurm.control("update", "NodeName=n2", "State=RESUME")
     job.start_again_now()
 
     job.wait_until(lambda: slurm.state(job.number) == "")

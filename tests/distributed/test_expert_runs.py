@@ -11,8 +11,8 @@ from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import train
 from models import load_family
+from models.assembly import build_layers, read_loras
 from models.wan.experts import PREFIXES
 from tests.distributed.harness import world
 from tests.distributed.test_run import assert_same_tensors, losses_of
@@ -49,8 +49,8 @@ def predictions(config: Path, run: Path | None = None) -> dict[str, tuple[dict, 
     """
     settings = load_config(config, lambda name: load_family(name).Options).run
     family = load_family("wan")(settings.model)
-    transformer, layers, _, adapter = train.build_layers(settings, family)
-    base, started_from = train.read_loras(settings, family, adapter, transformer)
+    transformer, layers, _, adapter = build_layers(settings, family)
+    base, started_from = read_loras(settings, family, adapter, transformer)
     parameters = trainable_parameters(transformer)
     if run:
         trained = last_weights(run, parameters)

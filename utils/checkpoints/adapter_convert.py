@@ -59,8 +59,8 @@ def converted(
     record = Record.of(metadata)
     places = {place: record.restored(place, adapter) for place, adapter in places.items()}
     fmt = layout_format(layout, family)
-    ranks = {adapter.rank for place, adapter in places.items() if len(place.modules) == 1}
-    if len(ranks) > 1 and all(adapter.scale == 1 and adapter.alpha_dtype is None for adapter in places.values()):
+    several = len({adapter.rank for adapter in places.values()}) > 1
+    if several and family.lora_format.writes_alpha and all(a.scale == 1 and a.alpha_dtype is None for a in places.values()):
         fmt = without_alpha(fmt)
     modules: dict[str, Adapter] = {}
     whole: dict[Placed, Adapter] = {}

@@ -45,6 +45,13 @@ HOMES: dict[str, type[Table]] = {
 """Where a key belongs, for one that stands in another table: below a ``[table]`` line every key is that table's."""
 
 
+VARIED_BY = {
+    "keep_tokens": ("shuffle_tags", "tag_dropout"),
+    "caption_variants": ("shuffle_tags", "tag_dropout", "caption_wildcards"),
+}
+"""Keys of a dataset file that mean something only with one of others."""
+
+
 class ConfigError(UserError):
     """Everything that is wrong in the main file, the dataset file and the eval dataset files, each with its line."""
 
@@ -105,6 +112,8 @@ def load_config(path: Path, options_of: Callable[[str], type[ModelOptions]], ove
     if problems:
         raise ConfigError(_in_reading_order(problems))
     notices.extend(_settings_without_effect(run, main))
+    for keys, file in files.items():
+        notices.extend(_caption_keys_without_effect(datasets[keys], file))
     evals = {entry.name: datasets["eval_datasets", index, "config"] for index, entry in enumerate(run.eval_datasets)}
     return LoadedConfig(run, datasets["dataset",], evals, notices)
 
@@ -217,3 +226,20 @@ def _settings_without_effect(run: RunConfig, main: TomlFile) -> list[str]:
         for name in ("eval_every_n_steps", "eval_every_n_epochs")
         if getattr(run, name) is not None
     ]
+
+
+def _caption_keys_without_effect(dataset: DatasetConfig, file: TomlFile) -> list[str]:
+    """The same for captions that none of the dataset's folders varies."""
+    tables: list[tuple[Keys, Table]] = [((), dataset)]
+    tables += [(("directory", index), directory) for index, directory in enumerate(dataset.directory)]
+    notices = []
+    for name, needed in VARIED_BY.items():
+        if not any(getattr(table, other) for _, table in tables for other in needed):
+            # A default may stand in the file of a run as it was resolved.
+            unset = (None, DatasetConfig.model_fields[name].default)
+            notices += [
+                f"{file.place((*keys, name))}: {dotted((*keys, name))} = {value} has no effect without one of {', '.join(needed)}"
+                for keys, table in tables
+                if (value := getattr(table, name)) not in unset
+            ]
+    return notices

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import load_family
+from models.assembly import build_layers, read_loras
 from models.sdxl import Family
 from models.sdxl.tiny import CHECKPOINT, write_tiny
 from tests.models.sdxl import reference
 from tests.models.sdxl.test_text_encoders import BOTH, CPU, LORA, ONE, TWO, family_of, filled, run
-from train import build_layers, read_loras
 from utils.adapters.manager import AdapterManager, MergedWeights, adaptable_modules, trainable_parameters
 from utils.checkpoints.adapter_files import read_adapter
 from utils.checkpoints.export import TrainingFacts, export_adapter, export_full

@@ -439,6 +439,17 @@ def test_evaluation_without_data_gives_a_notice(files):
     ]
 
 
+def test_caption_keys_that_need_others_give_a_notice(files):
+    lines = "caption_variants = 8\nkeep_tokens = 1"
+    assert files.load(files.main(), files.data(lines, directory="keep_tokens = 2\n")).notices == [
+        "data.toml:2: keep_tokens = 1 has no effect without one of shuffle_tags, tag_dropout",
+        "data.toml:7: directory[0].keep_tokens = 2 has no effect without one of shuffle_tags, tag_dropout",
+        "data.toml:1: caption_variants = 8 has no effect without one of shuffle_tags, tag_dropout, caption_wildcards",
+    ]
+    assert files.load(files.main(), files.data(lines, directory="tag_dropout = 0.1\n")).notices == []
+    assert files.load(files.main(), files.data("caption_variants = 4\nkeep_tokens = 0")).notices == []
+
+
 class TestOverrides:
     def test_values(self, files):
         run = files.load(
