@@ -20,11 +20,12 @@ from transformers import AutoTokenizer
 
 import assets as launch_assets
 import demo_data
+import ranks
 from models import load_family
 from utils.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["launch/setup", "launch/demo", "launch/test", ".ci/run"]
+SCRIPTS = ["setup", "demo", "test", "local", "multinode", "slurm.sbatch"]
 
 PYPROJECT = """
 [build-system]
@@ -41,10 +42,28 @@ py-modules = []
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*(f"launch/{name}" for name in SCRIPTS), ".ci/run"])
 def test_scripts_parse_and_are_executable(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)
     assert os.access(ROOT / script, os.X_OK)
+
+
+def test_one_exit_code_for_all_ranks():
+    """What the user must know goes first, then an accident; 75 is for a run that every rank left in order."""
+    assert ranks.outcome([0, 0]) == 0
+    assert ranks.outcome([75, 75]) == ranks.outcome([75, 0]) == 75
+    assert ranks.outcome([1, -9]) == ranks.outcome([75, -15]) == ranks.outcome([0, 137]) == 1
+    assert ranks.outcome([1, 2, 75]) == 2
+    assert ranks.outcome([130, 1]) == 130
+
+
+def test_the_launcher_sees_the_settings_that_the_run_will_have(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('output_dir = "runs"\npipeline_stages = 2\n[model]\npath = "x"\n')
+    assert ranks._settings(config, [])["pipeline_stages"] == 2
+    changed = ranks._settings(config, ["--resume", "--set", 'run_name="mine"', "--set", "pipeline_stages=4"])
+    assert (changed["run_name"], changed["pipeline_stages"]) == ("mine", "4")
+    assert ranks._settings(tmp_path / "absent.toml", []) == {}
 
 
 def run_setup(project: Path, *extras: str, **variables: str) -> subprocess.CompletedProcess[str]:

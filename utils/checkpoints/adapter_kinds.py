@@ -65,11 +65,10 @@ class Adapter:
         (_, left), (_, right) = factor_shapes(parts)
         return left * right
 
-    def folded(self, dtype: torch.dtype | None = None) -> "Adapter":
-        """The same with scale 1: the scale is multiplied into one tensor, in fp32, which is then cast to ``dtype`` (None: fp32)."""
+    def folded(self) -> "Adapter":
+        """The same with scale 1: the scale is multiplied into one tensor, which becomes fp32."""
         part = strength_part(self.parts)
-        value = self.parts[part].float() * self.scale
-        return replace(self, parts={**self.parts, part: value.to(dtype) if dtype else value}, scale=1.0, alpha_dtype=None)
+        return replace(self, parts={**self.parts, part: self.parts[part].float() * self.scale}, scale=1.0, alpha_dtype=None)
 
 
 def rank_of(parts: Mapping[str, Tensor]) -> int | None:

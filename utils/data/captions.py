@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.config.describe import shown
 from utils.config.schema import DatasetConfig
 from utils.data import wildcards
 from utils.data.values import Caption
@@ -34,15 +35,12 @@ class CaptionError(ValueError):
     """What is wrong with a caption, without the name of its file."""
 
 
-# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def parse_file(raw: bytes, suffix: str, settings: DatasetConfig) -> tuple[Caption, ...]:
     """The captions in a file's bytes; ``suffix``: ``.txt`` or ``.json``.  Raises CaptionError."""
     text = decode(raw, settings.caption_encoding)
     if suffix == ".json":
         return parse_value(_from_json(text), settings)
-    lines = text.splitlines() if settings.captions_per_line else [text]
+    lines = text.split("\n") if settings.captions_per_line else [text]
     return _checked([Caption(line) for line in map(str.strip, lines) if line] or [Caption("")], settings)
 
 
@@ -61,8 +59,8 @@ def _entry(entry: Any) -> Caption:
     text, weight = (entry.get("caption"), entry.get("weight", 1)) if isinstance(entry, dict) else (entry, 1)
     if not isinstance(text, str):
         raise CaptionError('a caption is a text in quotes, {"caption": text, "weight": number}, or a list of these')
-    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
-        raise CaptionError(f"the weight of a caption is a number above 0, not {json.dumps(weight)[:40]}")
+    if type(weight) not in (int, float) or not 0 < weight <= wildcards.MAX_WEIGHT:
+        raise CaptionError(f"the weight of a caption is a number above 0, up to {wildcards.MAX_WEIGHT:g}, not {shown(weight)}")
     return Caption(text.strip(), float(weight))
 
 
@@ -74,8 +72,10 @@ def _checked(captions: list[Caption], settings: DatasetConfig) -> tuple[Caption,
     for text in weights:
         if "\0" in text:
             raise CaptionError("the caption holds zero bytes: it is no text, or UTF-16 without its mark; save it as UTF-8")
-        if any("\ud800" <= sign <= "\udfff" for sign in text):
-            raise CaptionError("the caption holds half of a pair of surrogates, which is no sign; correct it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise CaptionError("the caption holds half of a pair of surrogates, which is no sign; correct it") from error
         if settings.caption_wildcards:
             try:
                 wildcards.parse(text)
@@ -85,14 +85,14 @@ def _checked(captions: list[Caption], settings: DatasetConfig) -> tuple[Caption,
 
 
 def decode(raw: bytes, encoding: str) -> str:
-    """The text of a file.  A byte order mark says how it is encoded, ``encoding`` is for files without.  Raises CaptionError."""
+    """The text of a file, lines ended by ``\\n``.  ``encoding`` is for files without a byte order mark.  Raises CaptionError."""
     told = next((marked for mark, marked in _MARKS.items() if raw.startswith(mark)), encoding)
     try:
-        return raw.decode(told)
-    except UnicodeDecodeError as error:
-        name = told.removesuffix("-sig").upper()
+        return raw.decode(told).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeError as error:
+        name, place = told.removesuffix("-sig").upper(), getattr(error, "start", 0)
         raise CaptionError(
-            f"the caption is not {name} (byte {error.start}); save it as UTF-8, or say in caption_encoding what it is"
+            f"the caption is not {name} (byte {place}); save it as UTF-8, or say in caption_encoding what it is"
         ) from error
 
 
@@ -125,7 +125,7 @@ def read_folder(media: Sequence[Path], files: Sequence[Path], settings: DatasetC
     sources = {path: beside.get((path.with_suffix(""), ".txt")) or beside.get((path.with_suffix(""), ".json")) for path in media}
     tables = {path.parent: path for path in files if path.name == TABLE}
     needed = {path.parent for path, source in sources.items() if source is None}
-    entries = {folder: _table(path, media, wrong) for folder, path in tables.items() if folder in needed}
+    entries = {folder: _table(path, media, settings, wrong) for folder, path in tables.items() if folder in needed}
     found = FolderCaptions(unused=sorted({*files} - {*sources.values()} - {tables[folder] for folder in entries}))
     for path, source in sources.items():
         table = entries.get(path.parent, {})
@@ -149,10 +149,10 @@ def read_folder(media: Sequence[Path], files: Sequence[Path], settings: DatasetC
     return found
 
 
-def _table(path: Path, media: Sequence[Path], wrong: list[str]) -> dict[str, Any]:
+def _table(path: Path, media: Sequence[Path], settings: DatasetConfig, wrong: list[str]) -> dict[str, Any]:
     """What ``captions.json`` says, by file name; nothing if it is broken, which is added to ``wrong``."""
     try:
-        table = _from_json(decode(path.read_bytes(), "utf-8"))
+        table = _from_json(decode(path.read_bytes(), settings.caption_encoding))
         if not isinstance(table, dict):
             raise CaptionError("it is no table of file names with their captions; correct it")
     except (CaptionError, OSError) as error:

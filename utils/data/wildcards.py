@@ -8,8 +8,10 @@ may hold further choices, and a weight before an option, ``{3::red|blue}``, that
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
+MAX_WEIGHT = 1e9
 MAX_DEPTH = 20
 """Choices within choices."""
 _SIGNS = re.compile(r"\\[{}|]|[{}|]")
@@ -30,6 +32,7 @@ Template = tuple["str | Choice", ...]
 """Texts and choices, one behind the other."""
 
 
+@lru_cache(maxsize=256)
 def parse(text: str) -> Template:
     """Raises ValueError, with the place in the text, if the braces do not match or what they hold is not understood."""
     # One entry for each open brace: where it stands, and its options so far, the last of which is being read.
@@ -68,8 +71,8 @@ def _choice(options: list[list[str | Choice]], start: int) -> Choice:
         weight = 1.0
         if given := _WEIGHT.match(first):
             weight, option[0] = float(given[1]), first[given.end() :]
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"a weight that is not above 0, at sign {start + 1}; remove that option")
+        if not 0 < weight <= MAX_WEIGHT:
+            raise ValueError(f"a weight that is not above 0, up to {MAX_WEIGHT:g}, at sign {start + 1}; change it")
         weights.append(weight)
     return Choice(tuple(map(tuple, options)), tuple(weights))
 

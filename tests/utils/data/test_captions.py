@@ -64,6 +64,8 @@ def test_other_encodings_are_not_guessed():
         decode(latin, "utf-8")
     with pytest.raises(CaptionError, match=r"is not UTF-16 \(byte"):
         decode(b"\xff\xfea", "utf-8")
+    with pytest.raises(CaptionError, match="is not IDNA"):
+        decode(latin, "idna")
     assert decode(latin, "cp1252") == "café"
     assert decode("自行车".encode("gb18030"), "gb18030") == "自行车"
 
@@ -76,6 +78,8 @@ LONG = " ".join(f"word{index}" for index in range(5000))
     [
         ("  a cat \r\n", {}, [("a cat", 1)]),
         ("a cat\n\na dog\n", {}, [("a cat\n\na dog", 1)]),
+        ("a cat\r\na dog\ra cow\x85here", {}, [("a cat\na dog\na cow\x85here", 1)]),
+        ("a cat\r\na dog\ra cow\x85here", {"captions_per_line": True}, [("a cat", 1), ("a dog", 1), ("a cow\x85here", 1)]),
         ("a cat\n\n a dog \r\n", {"captions_per_line": True}, [("a cat", 1), ("a dog", 1)]),
         ("a cat\na dog\na cat", {"captions_per_line": True}, [("a cat", 2), ("a dog", 1)]),
         (" \n\n", {"captions_per_line": True}, [("", 1)]),
@@ -121,10 +125,11 @@ SHAPE = 'a caption is a text in quotes, {"caption": text, "weight": number}, or 
         ("{}", SHAPE),
         ('["a", ["b"]]', SHAPE),
         ('{"caption": 3}', SHAPE),
-        ('{"caption": "a", "weight": 0}', "the weight of a caption is a number above 0, not 0"),
-        ('{"caption": "a", "weight": true}', "a number above 0, not true"),
-        ('{"caption": "a", "weight": NaN}', "a number above 0, not NaN"),
-        ('{"caption": "a", "weight": "2"}', 'a number above 0, not "2"'),
+        ('{"caption": "a", "weight": 0}', "the weight of a caption is a number above 0, up to 1e+09, not the whole number 0"),
+        ('{"caption": "a", "weight": true}', "a number above 0, up to 1e+09, not true"),
+        ('{"caption": "a", "weight": NaN}', "a number above 0, up to 1e+09, not the number nan"),
+        ('{"caption": "a", "weight": "2"}', "a number above 0, up to 1e+09, not the string '2'"),
+        ('{"caption": "a", "weight": 1' + "0" * 400 + "}", "up to 1e+09, not the whole number 1000"),
         ('{"caption": "a"', "it is not JSON (Expecting"),
         ("[" * 100_000, "it is not JSON"),
         (r'"\ud83d"', "half of a pair of surrogates"),

@@ -53,8 +53,8 @@ def test_the_table(text: str, first: str, every: set[str]):
         ("{a}}", "a } without its {, at sign 4"),
         ("{2$$a|b}", "a choice of several ($$), at sign 1"),
         ("x {a|1-2$$b}", "a choice of several ($$), at sign 3"),
-        ("{a|0::b}", "a weight that is not above 0, at sign 1"),
-        ("{" + "9" * 400 + "::a|b}", "a weight that is not above 0, at sign 1"),
+        ("{a|0::b}", "a weight that is not above 0, up to 1e+09, at sign 1"),
+        ("{" + "9" * 400 + "::a|b}", "a weight that is not above 0, up to 1e+09, at sign 1"),
         ("{" * 5000, f"more than {MAX_DEPTH} choices within each other, at sign {MAX_DEPTH + 1}"),
     ],
 )
