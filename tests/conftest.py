@@ -78,30 +78,42 @@ def process_environment() -> dict[str, str]:
     return inherited | accelerator | ours
 
 
-MEASURED = pytest.StashKey[dict[str, dict[str, float]]]()
-
-
 @pytest.fixture
-def measured(pytestconfig) -> Callable[[str, str, float], None]:
+def measured(request) -> Callable[[str, str, float], None]:
     """``measured(variant, quantity, value)`` keeps a number that a test holds against its limit; of several the largest.
 
     With ``--record FILE`` they are written down; ``tests/measure.py`` names the quantities and makes a table of them.
     """
 
     def keep(variant: str, quantity: str, value: float) -> None:
-        kept = pytestconfig.stash[MEASURED].setdefault(variant, {})
-        kept[quantity] = max(float(value), kept.get(quantity, 0.0))
+        request.node.user_properties.append((MEASURED, (variant, quantity, float(value))))
 
     return keep
 
 
+MEASURED = "measured"
+
+
+class Record:
+    """What the tests measured, collected where their reports come together."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.values: dict[str, dict[str, float]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties if report.when == "teardown" else ():
+            if name == MEASURED:
+                variant, quantity, number = value
+                kept = self.values.setdefault(variant, {})
+                kept[quantity] = max(number, kept.get(quantity, 0.0))
+
+    def pytest_sessionfinish(self) -> None:
+        self.file.write_text(json.dumps(self.values, indent=2, sort_keys=True) + "\n")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, metavar="FILE", help="write what the tests measure to this JSON file")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if file := session.config.getoption("--record"):
-        file.write_text(json.dumps(session.config.stash[MEASURED], indent=2, sort_keys=True) + "\n")
 
 
 # How long an example takes says nothing on a machine that does other things too.
@@ -110,7 +122,8 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[MEASURED] = {}
+    if (file := config.getoption("--record")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Record(file), "record")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -29,7 +29,7 @@ UNMEASURED_STEPS = 3
 HANG_FACTOR, LEAST_HANG_SECONDS = 10, 600.0
 NEWS_SECONDS = 3.0
 """How long a rank that fails waits for the news that it fails on account of another."""
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
 """How long the ranks may take to write their stacks."""
 
 
@@ -111,7 +111,7 @@ class Watchdog:
         if limit is not None:
             self._deadline = began + limit
             # For a rank that hangs without ever letting its Python threads run: this one is the interpreter's own.
-            faulthandler.dump_traceback_later(limit + 6 * ANSWER_SECONDS, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(limit + 10 * ANSWER_SECONDS, exit=True, file=sys.__stderr__)
         try:
             yield
         finally:

@@ -137,11 +137,15 @@ class Slurm:
         return [dict(part.split("=", 1) for part in line.split() if "=" in part)["JobState"] for line in lines]
 
     def stop(self) -> None:
-        pids = [int(path.read_text()) for path in self.folder.glob("*.pid") if path.read_text().strip()]
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        self.wait_until(lambda: not any(_runs(pid) for pid in pids), 60)
+        """End what still runs, then the daemons; munged last, since the others need it until their end."""
+        self._call("scancel", f"--user={os.geteuid()}")
+        self.wait_until(lambda: self._call("squeue", "-h") == "")
+        for names in ("slurm*.pid", "munged.pid"):
+            pids = [int(path.read_text()) for path in self.folder.glob(names)]
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            self.wait_until(lambda pids=pids: not any(map(_runs, pids)), 60)
 
 
 def _runs(pid: int) -> bool:

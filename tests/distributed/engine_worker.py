@@ -5,7 +5,9 @@ Usage: python -m tests.distributed.engine_worker FOLDER, with one ``<case>/setti
 
 import importlib
 import json
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from models import load_family
 from models.base import ModelFamily
+from tests.distributed.harness import free_port
 from utils.adapters.manager import AdapterManager, trainable_parameters
 from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
 from utils.config.schema import AdapterConfig, EmaConfig, OptimizerConfig
@@ -145,11 +148,30 @@ def run_case(settings: dict, out: Path) -> None:
         report = {"steps": results, "held_out": [loss.hex() for loss in held_out]}
         (out / "results.json").write_text(json.dumps(report))
     topology.barrier()
+    topology.stop()
+
+
+def meet(folder: Path) -> None:
+    """Give the ranks of one case a port of their own: rank 0 chooses it, the others find it in a file."""
+    place, aside = folder / "port", folder / "port.partial"
+    if os.environ["RANK"] == "0":
+        aside.write_text(str(free_port()))
+        aside.rename(place)
+    while not place.is_file():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = place.read_text()
 
 
 def main() -> None:
+    """Each case in a process of its own, forked from this one, or the groups of all of them would stay open."""
     for file in sorted(Path(sys.argv[1]).glob("*/settings.json")):
-        run_case(json.loads(file.read_text()), file.parent)
+        pid = os.fork()
+        if pid == 0:
+            meet(file.parent)
+            run_case(json.loads(file.read_text()), file.parent)
+            return
+        if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            sys.exit(f"{file.parent.name} ended with {code}")
 
 
 if __name__ == "__main__":

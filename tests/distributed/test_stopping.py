@@ -7,10 +7,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.harness import World, world
 from tests.distributed.test_run import assert_same_tensors, export_of, losses_of
 from utils.data.shards import ShardFolder
-from utils.stopping import RUN_AGAIN
+from utils.stopping import RUN_AGAIN, USER_ERROR
 
 EVALUATED = 30
 """The one step after which the run evaluates, long enough to be caught in the middle."""
@@ -196,3 +198,31 @@ def test_stopped_while_it_encodes_it_keeps_what_is_done(workspace, tiny):
     shards = ShardFolder(next((workspace.folder / "cache" / "vae").iterdir()))
     shards.refresh()
     assert encoded <= len(shards.places) < total
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_the_last_line_names_the_rank_that_failed_and_no_other(tmp_path, failing):
+    """The others' errors, of a connection that is closed, are consequences."""
+    with world(["-m", "tests.distributed.watch_worker", str(failing)], 3, tmp_path) as running:
+        running.wait_until_over(60)
+        assert [process.returncode for process in running.processes] == [1, 1, 1], running.said()
+        told = [line for output in running.outputs for line in output.read_text().splitlines() if "failed during" in line]
+    assert told, running.said()
+    for line in told:
+        assert re.search(rf"rank {failing} \(stage {failing}, host \S+\) failed during step 7: RuntimeError: out of memory", line)
+
+
+def test_a_file_that_one_rank_cannot_read_ends_all_with_the_users_error(workspace, tiny, copied_clips):
+    """It was whole when the data set was looked at, and is in the share of one rank."""
+    workspace.dataset.write_text(f"resolutions = [48]\n[[directory]]\npath = {str(copied_clips)!r}\n")
+    cache = str(workspace.folder / "cache")
+    config = workspace.config("run", tiny("wan-t2v"), cache_dir=cache, pipeline_stages=2)
+    workspace.train(config, "--cache-only", processes=2)
+    clip = copied_clips / "rocket.jpg"
+    state = clip.stat()
+    clip.write_bytes(bytes(state.st_size))
+    os.utime(clip, ns=(state.st_atime_ns, state.st_mtime_ns))  # so that it is not looked at again
+    workspace.dataset.write_text(workspace.dataset.read_text().replace("48", "64"))
+    said = workspace.train(config, "--cache-only", processes=2, expect=USER_ERROR)
+    assert "these files do not decode; repair or remove them" in said
+    assert "rocket.jpg" in said
