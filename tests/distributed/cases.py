@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,6 +81,12 @@ class Result:
     @property
     def norms(self) -> list[float]:
         return [float.fromhex(norm) for _, norm, _ in self.steps]
+
+
+def selected(request: pytest.FixtureRequest, parameter: str) -> set[object]:
+    """The values of a parameter in the tests of this module that are going to run."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return {item.callspec.params[parameter] for item in items if parameter in item.callspec.params}
 
 
 class Cases:

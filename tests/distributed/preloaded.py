@@ -24,6 +24,9 @@ def import_everything() -> None:
     for module in pkgutil.iter_modules(models.__path__):
         if module.ispkg and module.name != "common":
             models.load_family(module.name)
+            importlib.import_module(f"tests.models.{module.name}.reference")
+    # The first look at this attribute probes every operation of DeepSpeed.
+    getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__")  # noqa: B009
 
 
 def become_rank(request: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.cases import Case, Cases
+from tests.distributed.cases import Case, Cases, selected
 from tests.distributed.test_engine import ADAMW, CLIP, LORA, assert_same_bits
 from tests.distributed.test_run import steps_of
 from utils.checkpoints.checkpoint import Checkpoint
@@ -76,8 +76,10 @@ def every_case() -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def results(tiny, tmp_path_factory) -> Cases:
-    return Cases(every_case(), tmp_path_factory.mktemp("elastic"), tiny)
+def results(request, tiny, tmp_path_factory) -> Cases:
+    left_out = SETTINGS.keys() - selected(request, "settings")
+    cases = {name: case for name, case in every_case().items() if name.split()[0] not in left_out}
+    return Cases(cases, tmp_path_factory.mktemp("elastic"), tiny)
 
 
 def contents(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
@@ -96,7 +98,13 @@ def checkpoint_of(results: Cases, name: str) -> Checkpoint:
     return CheckpointManager(results.folder_of(name), None).latest()
 
 
-EVERY_TRANSITION = [(settings, *transition) for settings in SETTINGS for transition in transitions(settings)]
+# By default each kind and each optimizer once, with --all each with each.
+LONGER = ("lora-adafactor", "full-adamw")
+EVERY_TRANSITION = [
+    pytest.param(settings, *transition, marks=pytest.mark.slow if settings in LONGER else ())
+    for settings in SETTINGS
+    for transition in transitions(settings)
+]
 
 
 @pytest.mark.parametrize(("settings", "before", "after", "zero_before", "zero_after"), EVERY_TRANSITION)
@@ -126,7 +134,7 @@ def test_the_run_goes_on_with_all_it_had(settings, before, after, zero_before, z
         assert went_on.norms == pytest.approx(straight.norms[FIRST:], rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", [pytest.param(name, marks=pytest.mark.slow if name in LONGER else ()) for name in SETTINGS])
 def test_zero_changes_no_bit_and_divides_the_state(settings, results):
     layout = "2x2" if settings in WHOLE else "1x2"
     assert_same_bits(results[f"{settings} straight {layout} 0"], results[f"{settings} straight {layout} 1"])
