@@ -259,9 +259,9 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
         trained=Trained(mine, optimizer, config.ema, topology, checkpoint),
         rates=rates,
         order=order,
-        loader=BatchLoader(cache, found["training"].samples, encoders, config.num_loader_threads),
+        loader=BatchLoader(cache, found["training"].samples, encoders, max(1, config.num_loader_workers)),
         eval_data={
-            name: EvalData(part.samples, BatchLoader(cache, part.samples, encoders, config.num_loader_threads))
+            name: EvalData(part.samples, BatchLoader(cache, part.samples, encoders, max(1, config.num_loader_workers)))
             for name, part in found.items()
             if name != "training"
         },

@@ -40,7 +40,7 @@ def pictures(assets, tmp_path: Path) -> Path:
 def fresh(encoder: ConditionEncoder, sample: Sample) -> dict[str, torch.Tensor]:
     """Encoded alone, without the cache, by an encoder that is loaded."""
     size = Bucket(sample.bucket.width, sample.bucket.height, 1)
-    controls = tuple(load_pixels(control.path, size, None, sample.clip_mode) for control in sample.controls)
+    controls = tuple(load_pixels(control.file, size) for control in sample.controls)
     item = EncodeItem("alone", caption=sample.caption, controls=controls if "controls" in encoder.reads else ())
     [fields] = encoder.encode([item])
     return fields

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from PIL import ImageColor
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -108,6 +109,14 @@ def _folder_name(value: str) -> str:
     return value
 
 
+def _colour(value: str) -> str:
+    try:
+        ImageColor.getcolor(value, "RGB")
+    except ValueError as error:
+        raise ValueError('it is no colour; write a name like "grey", or "#rrggbb"') from error
+    return value
+
+
 DtypeName = Literal["float32", "bfloat16", "float16"]
 # float16 is for files: to train in it, the loss would have to be scaled.
 TrainingDtype = Literal["float32", "bfloat16"]
@@ -124,6 +133,9 @@ BlockRanges = Annotated[str | dict[str, str], AfterValidator(_block_ranges), 'nu
 Time = Annotated[str, AfterValidator(_time), 'a time like "3h50m"']
 Encoding = Annotated[str, AfterValidator(_encoding)]
 TagDelimiter = Annotated[str, AfterValidator(_tag_delimiter)]
+Repeats = Annotated[float, Field(gt=0, le=10000)]
+Colour = Annotated[str, AfterValidator(_colour)]
+ClipMode = Literal["single_beginning", "single_middle", "multiple_overlapping", "non_overlapping", "uniform"]
 FrameBuckets = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
@@ -363,6 +375,11 @@ class RunConfig(Table):
     """Stop after so many optimizer steps. With `epochs` too, whichever comes first."""
     micro_batch_size_per_gpu: PositiveInt = 1
     """Samples that travel through the pipeline together."""
+    image_micro_batch_size_per_gpu: PositiveInt | None = None
+    """The same for buckets of one frame, pictures, which take less room than clips. Default: `micro_batch_size_per_gpu`."""
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """Instead of these two: as many samples of a bucket as have at most so many tokens in the model, and one at least. `--check`
+    shows the tokens of each bucket."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step and replica. With stages, at least twice their number keeps them busy."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
@@ -383,8 +400,8 @@ class RunConfig(Table):
     """For `manual`: the first layer of each stage after the first, as `--check` numbers them."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: much less memory, about a third more time."""
-    num_loader_threads: PositiveInt = 2
-    """Threads that read cached samples ahead of training."""
+    num_loader_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes of each rank that read cached samples ahead of training. 0: the rank reads them itself, when it needs them."""
 
     save_every_n_steps: PositiveInt | None = None
     """Export the trained weights every so many steps. The end of the run always exports."""
@@ -436,6 +453,14 @@ class RunConfig(Table):
     def _names_the_run(cls, value: str, info: ValidationInfo) -> str:
         if value != "never" and info.data.get("run_name", "") is None:
             raise ValueError("it needs run_name, or it is not known which run to continue")
+        return value
+
+    @field_validator("max_tokens_per_micro_batch")
+    @classmethod
+    def _replaces_fixed_sizes(cls, value: int | None, info: ValidationInfo) -> int | None:
+        fixed = {"micro_batch_size_per_gpu": 1, "image_micro_batch_size_per_gpu": None}
+        if value is not None and (given := [name for name, default in fixed.items() if info.data.get(name, default) != default]):
+            raise ValueError(f"it chooses the batch sizes, which {' and '.join(given)} fixes; remove one of them")
         return value
 
     @field_validator("max_steps")
@@ -493,9 +518,32 @@ class DirectoryConfig(Table):
     """``[[directory]]``: a folder of pictures and clips.  Keys of the dataset file may be repeated here to override it."""
 
     path: FilePath
-    """The folder. Captions stand beside the files, in `.txt` or `.json` files of the same name, or in `captions.json`."""
-    num_repeats: PositiveInt | None = None
-    """How often an epoch shows each item. Default: the dataset file's."""
+    """A folder, a `.tar` file, or a list of files: `.jsonl` or `.csv`. Captions stand beside the files, in `.txt` or `.json` files
+    of the same name, in `captions.json`, or in the list."""
+    recursive: bool = False
+    """Take the files of all folders below it too. Folders whose name begins with a point are left out."""
+    kohya_folder_names: bool = False
+    """Take the folders in it that are called `<repeats>_<text>`, as kohya's trainers do: an epoch shows their files so often, and
+    the text is the caption of files that have none."""
+    num_repeats: Repeats | None = None
+    """Overrides the dataset file's."""
+    is_reg: bool = False
+    """A regularisation set: what the model knows already and should keep. An epoch shows as many of its samples as of all others
+    together, other ones in the next epoch if there are more, and no trigger word is added to their captions."""
+    loss_weight: Annotated[float, Field(gt=0)] = 1.0
+    """The loss of its samples is multiplied by this."""
+    control_path: FilePath | list[FilePath] | None = None
+    """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
+    mask_path: FilePath | None = None
+    """A folder with a mask of each item under the item's name, a picture or for clips also a clip: the loss counts where it is
+    white, in part where it is grey, not where it is black. An item without one counts everywhere."""
+    alpha_mask: bool = False
+    """The alpha channel of each picture is its mask, unless `mask_path` has one."""
+    first_frame_path: FilePath | None = None
+    """For models that are shown the first frame: a folder with a picture of each item under the item's name, shown in place of the
+    clip's own first frame."""
+    last_frame_path: FilePath | None = None
+    """The same for models that are shown the last frame."""
     resolutions: list[Resolution] | None = None
     """Overrides the dataset file's."""
     frame_buckets: FrameBuckets | None = None
@@ -511,6 +559,20 @@ class DirectoryConfig(Table):
     num_ar_buckets: PositiveInt | None = None
     """Overrides the dataset file's."""
     ar_buckets: list[AspectRatio] | None = None
+    """Overrides the dataset file's."""
+    no_upscale: bool | None = None
+    """Overrides the dataset file's."""
+    crop: Literal["center", "random"] | None = None
+    """Overrides the dataset file's."""
+    background: Colour | None = None
+    """Overrides the dataset file's."""
+    animated: Literal["clip", "first_frame"] | None = None
+    """Overrides the dataset file's."""
+    video_clip_mode: ClipMode | None = None
+    """Overrides the dataset file's."""
+    clips_per_video: PositiveInt | None = None
+    """Overrides the dataset file's."""
+    fps: Annotated[float, Field(gt=0)] | None = None
     """Overrides the dataset file's."""
     caption_prefix: str | None = None
     """Overrides the dataset file's."""
@@ -538,8 +600,6 @@ class DirectoryConfig(Table):
     """Overrides the dataset file's."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
     """Overrides the dataset file's."""
-    control_path: FilePath | list[FilePath] | None = None
-    """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
 
     @property
     def control_paths(self) -> list[Path]:
@@ -567,12 +627,32 @@ class DatasetConfig(Table):
     """Numbers of frames to train at. A clip goes into the largest bucket that it fills; 1 is for pictures."""
     size_buckets: list[SizeBucket] | None = None
     """Buckets as `[width, height, frames]`, instead of all of the above."""
-    video_clip_mode: Literal["single_beginning", "single_middle"] = "single_beginning"
-    """Which part of a clip longer than its bucket is used."""
+    no_upscale: bool = False
+    """Never enlarge: an item that is smaller than its bucket gets a smaller bucket of about that shape."""
+    crop: Literal["center", "random"] = "center"
+    """What stays of an item that is wider or higher than its bucket's shape: the middle, or a place that is drawn for each item,
+    once for the run. A list of files may give each item a box of its own to use."""
+    background: Colour = "white"
+    """What lies behind transparent parts of pictures: a colour's name, or `#rrggbb`."""
+    animated: Literal["clip", "first_frame"] = "clip"
+    """What animated pictures (GIF, WebP, PNG, AVIF) are taken for: clips, or pictures that show their first frame."""
+    video_clip_mode: ClipMode = "single_beginning"
+    """Which part of a clip longer than its bucket is used: its beginning, its middle, `multiple_overlapping`: as many parts as
+    cover all of it, evenly spaced; `non_overlapping`: as many whole ones as fit behind each other; `uniform`: `clips_per_video`
+    parts, evenly spaced."""
+    clips_per_video: PositiveInt | None = None
+    """For `uniform`: how many parts of a clip are used, fewer where they would be the same."""
     fps: Annotated[float, Field(gt=0)] | None = None
     """Frames per second that clips are resampled to. Default: the family's."""
-    num_repeats: PositiveInt = 1
-    """How often an epoch shows each item."""
+    num_repeats: Repeats = 1
+    """How often an epoch shows each item. With a fraction an epoch shows some items once more than others, and later epochs the
+    others: 0.5 shows each in every second epoch."""
+    sampling_temperature: Annotated[float, Field(ge=1)] | None = None
+    """Evens out directories of different sizes: an epoch, as long as without it, is divided among them by (items x repeats) to the
+    power of 1 / temperature. 1 changes nothing, a large number gives each directory the same share."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What happens when an item cannot be used because it is broken, has no caption, or lacks its control picture: `stop` ends the
+    run before it trains, with all of them named; `skip` names them in the log and the report and trains without them."""
     caption_prefix: str = ""
     """Text put before every caption."""
     caption_suffix: str = ""
@@ -602,13 +682,20 @@ class DatasetConfig(Table):
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability with which an item is shown with an empty caption, without prefix and trigger word."""
     directory: Annotated[list[DirectoryConfig], Field(min_length=1)]
-    """The folders, at least one."""
+    """The folders, tar files and lists, at least one."""
 
     @field_validator("max_ar")
     @classmethod
     def _aspect_ratios_are_in_order(cls, value: float, info: ValidationInfo) -> float:
         if value < info.data.get("min_ar", 0.0):
             raise ValueError(f"it must not be below min_ar = {info.data['min_ar']}")
+        return value
+
+    @field_validator("clips_per_video")
+    @classmethod
+    def _counts_uniform_parts(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("video_clip_mode") == "uniform":
+            raise ValueError('video_clip_mode = "uniform" needs it: how many parts of each clip are used')
         return value
 
     @field_validator("directory")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.data.encoders import ConditionEncoder, EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import PIXELS_VERSION, MediaError, load_pixels
 from utils.data.progress import ProgressLog
 from utils.data.shards import ShardFolder, ShardWriter, tensor_name
@@ -96,7 +97,7 @@ class DatasetCache:
         appeared for ``stall_timeout`` seconds while waiting for the other ranks.
         """
         reports: list[EncoderReport] = []
-        broken: dict[Path, MediaError] = {}
+        broken: dict[DataFile, MediaError] = {}
         wanted = {encoder: inputs_of(samples, encoder) for encoder in encoders}
         for encoder, inputs in wanted.items():
             missing = self._missing(encoder, inputs)
@@ -114,7 +115,7 @@ class DatasetCache:
         device: torch.device,
         batch_size: int,
         stop: Callable[[], bool],
-        broken: dict[Path, MediaError],
+        broken: dict[DataFile, MediaError],
     ) -> int:
         """Encode and write; returns how many.  Files that do not decode are added to ``broken``."""
         log.info("%s: %d to encode", encoder.name, len(work))
@@ -215,7 +216,7 @@ def input_key(sample: Sample, encoder: ConditionEncoder) -> str:
         parts += ["caption", sample.caption]
     if "pixels" in encoder.reads:
         # A picture has neither a rate nor a part to choose.  Which frame of a clip is the first depends on the bucket's length.
-        frames = (sample.fps, sample.clip_mode) if sample.fps is not None else ()
+        frames = (sample.fps, sample.first_frame) if sample.fps is not None else ()
         parts += ["pixels", PIXELS_VERSION, sample.content, sample.bucket, *frames]
     if "controls" in encoder.reads:
         size = (sample.bucket.width, sample.bucket.height)
@@ -250,7 +251,7 @@ def share_of(inputs: dict[str, Sample], encoder: ConditionEncoder, rank: int, wo
 
 
 def _batches_ahead(
-    encoder: ConditionEncoder, work: list[tuple[str, Sample]], batch_size: int, broken: dict[Path, MediaError]
+    encoder: ConditionEncoder, work: list[tuple[str, Sample]], batch_size: int, broken: dict[DataFile, MediaError]
 ) -> Iterator[list[tuple[str, EncodeItem]]]:
     """The work in batches, of pixels those of one bucket together, read by threads ahead of the encoder."""
     batch: list[tuple[str, EncodeItem]] = []
@@ -267,7 +268,7 @@ def _batches_ahead(
 
 
 def _items_ahead(
-    encoder: ConditionEncoder, work: list[tuple[str, Sample]], broken: dict[Path, MediaError]
+    encoder: ConditionEncoder, work: list[tuple[str, Sample]], broken: dict[DataFile, MediaError]
 ) -> Iterator[tuple[str, Sample, EncodeItem]]:
     """The work in its order, with what the encoder reads; bounded in memory, and without the files that do not decode."""
     waiting: deque[tuple[str, Sample, int, Future[EncodeItem]]] = deque()
@@ -286,7 +287,7 @@ def _items_ahead(
             try:
                 yield key, sample, future.result()
             except MediaError as error:
-                broken[error.path] = error
+                broken[error.file] = error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -303,12 +304,10 @@ def _item(sample: Sample, encoder: ConditionEncoder) -> EncodeItem:
     return EncodeItem(
         sample.key,
         caption=sample.caption if "caption" in encoder.reads else None,
-        pixels=load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode, encoder.max_frames)
+        pixels=load_pixels(sample.file, sample.bucket, sample.fps, sample.first_frame, encoder.max_frames)
         if "pixels" in encoder.reads
         else None,
-        controls=tuple(load_pixels(control.path, picture, None, sample.clip_mode) for control in sample.controls)
-        if "controls" in encoder.reads
-        else (),
+        controls=tuple(load_pixels(control.file, picture) for control in sample.controls) if "controls" in encoder.reads else (),
         original_size=sample.original_size,
     )
 

@@ -1,11 +1,14 @@
 """What a frozen network must offer so that its output can be cached.  The cache does not know which one is a VAE."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from utils.data.values import CENTRE, Framing
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,9 @@ class EncodeItem:
 
     ``pixels``, fp32 [3, frames, height, width] in [-1, 1], for encoders that look; ``caption`` for those that read; ``controls``,
     each like the pixels of a picture, for those that look at the control pictures.  ``original_size``: (width, height) of the file
-    that the pixels were scaled and cropped from (``media.covering`` tells how), if it is known.
+    that the pixels were scaled and cropped from, as ``framing`` says (``media.covering`` tells how), if it is known.
+    ``known_frames``: given pictures in place of the clip's own first or last frame, each like the pixels of a picture.  ``mask``,
+    fp32 [1, frames, height, width] in [0, 1], for encoders that read masks.
     """
 
     key: str
@@ -22,6 +27,9 @@ class EncodeItem:
     pixels: Tensor | None = None
     controls: tuple[Tensor, ...] = ()
     original_size: tuple[int, int] | None = None
+    framing: Framing = CENTRE
+    known_frames: Mapping[Literal["first", "last"], Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
 
 
 class ConditionEncoder(ABC):
@@ -29,7 +37,7 @@ class ConditionEncoder(ABC):
 
     name: ClassVar[str]
     """Folder name in the cache (``vae``, ``text``, ``clip``)."""
-    reads: ClassVar[Literal["pixels", "caption", "controls", "caption and controls"]]
+    reads: ClassVar[Literal["pixels", "caption", "controls", "caption and controls", "mask"]]
     """What of a sample goes in, and so what its cache key is made of."""
     max_frames: int | None = None
     """Of a clip's pixels only so many frames, from the first on, are decoded for it; None: all of them."""

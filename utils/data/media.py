@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -21,7 +21,8 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from utils.data.values import Bucket
+from utils.data.files import DataFile
+from utils.data.values import AS_IT_IS, CENTRE, Bucket, Framing, Reading
 from utils.errors import UserError
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
@@ -48,12 +49,12 @@ _UPRIGHT = {
 class MediaError(UserError):
     """A file that cannot be used, and why."""
 
-    def __init__(self, path: Path, reason: str):
-        super().__init__(path, reason)  # both arguments, so that the error survives pickling
-        self.path, self.reason = path, reason
+    def __init__(self, file: DataFile, reason: str):
+        super().__init__(file, reason)  # both arguments, so that the error survives pickling
+        self.file, self.reason = file, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{self.file}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -85,42 +86,49 @@ class MediaInfo:
     """Mean rate between the first and the last frame; None for a picture."""
 
 
-def is_clip(path: Path) -> bool:
+def is_clip(file: DataFile) -> bool:
     """By its name: only files of the suffixes above are looked at."""
-    return path.suffix.lower() in CLIPS
+    return file.suffix in CLIPS
 
 
-def probe(path: Path) -> MediaInfo:
+def probe(file: DataFile) -> MediaInfo:
     """Size and length of a file.  Decodes a picture whole, and of a clip the first frame; its frames are counted, not believed.
 
     Raises MediaError if the file is empty, cut off, or not what its name says.
     """
-    if not is_clip(path):
-        width, height = _picture(path).size
+    if not is_clip(file):
+        width, height = _picture(file).size
         return MediaInfo(width, height, frames=1, fps=None)
-    with _opened(path) as (container, stream):
-        timeline = _timeline(path, container, stream)
-    with _opened(path) as (container, stream):
+    with _opened(file) as (container, stream):
+        timeline = _timeline(file, container, stream)
+    with _opened(file) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
-            raise MediaError(path, "no frame of it decodes")
+            raise MediaError(file, "no frame of it decodes")
         width, height = _upright(first, timeline.pixel_aspect).size
     return MediaInfo(width, height, frames=len(timeline.times), fps=float(timeline.fps))
 
 
-def load_pixels(path: Path, bucket: Bucket, fps: float | None, clip_mode: str, max_frames: int | None = None) -> Tensor:
+def load_pixels(
+    file: DataFile,
+    bucket: Bucket,
+    fps: float | None = None,
+    first_frame: int = 0,
+    max_frames: int | None = None,
+    framing: Framing = CENTRE,
+    reading: Reading = AS_IT_IS,
+) -> Tensor:
     """The pixels of one sample: fp32 [3, frames, height, width] in [-1, 1]; with ``max_frames`` the first ones of them.
 
-    Frame ``i`` of a clip is the source frame nearest to ``i / fps`` seconds after the first one taken (of two equally near, the
-    earlier).  Each frame is scaled (Lanczos) so that it just covers the bucket, and cropped to its centre.
-    ``clip_mode``: ``single_beginning`` or ``single_middle``, the part of the clip that is taken.
+    Frame ``i`` of a clip is the source frame nearest to ``(first_frame + i) / fps`` seconds after the clip's first one (of two
+    equally near, the earlier).  Each frame is scaled (Lanczos) so that it just covers the bucket, and cropped to its centre.
     Raises MediaError if the frames that are needed do not decode.
     """
-    if is_clip(path):
+    if is_clip(file):
         assert fps, "a clip needs a frame rate"
-        frames = _clip_frames(path, bucket, fps, clip_mode, max_frames)
+        frames = _clip_frames(file, bucket, fps, first_frame, max_frames)
     else:
-        frames = [_fitted(_picture(path), bucket)]
+        frames = [_fitted(_picture(file), bucket)]
     pixels = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
@@ -131,30 +139,34 @@ def frames_at(info: MediaInfo, fps: float) -> int:
     return math.floor((info.frames - 0.5) * fps / info.fps) + 1
 
 
-def _require_bytes(path: Path) -> None:
+@contextmanager
+def _bytes_of(file: DataFile) -> Iterator[BinaryIO]:
     try:
-        if path.stat().st_size == 0:
-            raise MediaError(path, "the file is empty")
+        with file.open() as stream:
+            if not stream.read(1):
+                raise MediaError(file, "the file is empty")
+            stream.seek(0)
+            yield stream
     except OSError as error:
-        raise MediaError(path, f"it cannot be read ({error.strerror})") from error
+        raise MediaError(file, f"it cannot be read ({error.strerror or error})") from error
 
 
 # ── pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _picture(path: Path) -> Image.Image:
+def _picture(file: DataFile) -> Image.Image:
     """The decoded picture, upright, RGB; transparent parts become white."""
-    _require_bytes(path)
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
-        raise MediaError(path, f"it does not decode as a picture ({type(error).__name__}: {error})") from error
+    with _bytes_of(file) as stream:
+        try:
+            with Image.open(stream) as opened:
+                image = ImageOps.exif_transpose(opened)
+        except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
+            raise MediaError(file, f"it does not decode as a picture ({type(error).__name__}: {error})") from error
     if image.mode.startswith("I;16"):
         # Pillow clips 16-bit values to 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise MediaError(path, f"pixels of type {image.mode} have no known range; save it with 8 or 16 bits per channel")
+        raise MediaError(file, f"pixels of type {image.mode} have no known range; save it with 8 or 16 bits per channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -193,49 +205,49 @@ class _Timeline:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its picture stream; ffmpeg's errors in the block become MediaErrors."""
-    _require_bytes(path)
     try:
-        with av.open(str(path)) as container:
+        # Of a file on the disk ffmpeg is told the name, which helps it to know the format.
+        with _bytes_of(file) as stream, av.open(stream if file.member else str(file.path)) as container:
             if not container.streams.video:
-                raise MediaError(path, "it has no video stream")
+                raise MediaError(file, "it has no video stream")
             yield container, container.streams.video[0]
     except av.error.FFmpegError as error:
-        raise MediaError(path, f"it does not decode ({error.strerror}): it is cut off, damaged, or no clip") from error
+        raise MediaError(file, f"it does not decode ({error.strerror}): it is cut off, damaged, or no clip") from error
 
 
-def _timeline(path: Path, container: InputContainer, stream: VideoStream) -> _Timeline:
+def _timeline(file: DataFile, container: InputContainer, stream: VideoStream) -> _Timeline:
     """Read all packets without decoding them.  The frame count in a header may be missing, or promise more than the file holds."""
     stamps: list[int | None] = []
     for packet in container.demux(stream):
         if packet.size == 0 or packet.is_discard:  # the end marker; frames that an edit list hides
             continue
         if packet.is_corrupt:
-            raise MediaError(path, f"it is cut off or damaged: frame {len(stamps) + 1} is not whole")
+            raise MediaError(file, f"it is cut off or damaged: frame {len(stamps) + 1} is not whole")
         stamps.append(packet.pts)
     if not stamps:
-        raise MediaError(path, "it has no frames")
+        raise MediaError(file, "it has no frames")
     pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
     known = [stamp for stamp in stamps if stamp is not None]
     if len(known) == len(stamps) and container.format.name not in _UNTIMED_FORMATS:
         return _Timeline([stamp * stream.time_base for stamp in sorted(known)], None, pixel_aspect)
     if not stream.average_rate:
-        raise MediaError(path, "its frames have neither times nor a rate; convert it to mp4")
+        raise MediaError(file, "its frames have neither times nor a rate; convert it to mp4")
     return _Timeline([index / stream.average_rate for index in range(len(stamps))], stream.average_rate, pixel_aspect)
 
 
-def _decoded(path: Path, timeline: _Timeline, start: Fraction, seek: bool) -> Iterator[tuple[Fraction, VideoFrame]]:
+def _decoded(file: DataFile, timeline: _Timeline, start: Fraction, seek: bool) -> Iterator[tuple[Fraction, VideoFrame]]:
     """Frames with their times in seconds, as they are shown; with ``seek``, from a key frame at or before ``start``."""
-    with _opened(path) as (container, stream):
+    with _opened(file) as (container, stream):
         if seek:
             container.seek(int(start / stream.time_base), stream=stream)
         for index, frame in enumerate(container.decode(stream)):
             if frame.pts is None and timeline.rate is None:
-                raise MediaError(path, "a frame has no time; convert it to mp4")
+                raise MediaError(file, "a frame has no time; convert it to mp4")
             time = index / timeline.rate if timeline.rate else frame.pts * stream.time_base
             if seek and index == 0 and time > start:  # some formats are found behind the time asked for
-                yield from _decoded(path, timeline, start, seek=False)
+                yield from _decoded(file, timeline, start, seek=False)
                 return
             yield time, frame
 
@@ -255,26 +267,24 @@ def _nearest(frames: Iterable[tuple[Fraction, VideoFrame]], targets: list[Fracti
         yield before[1]
 
 
-def _clip_frames(path: Path, bucket: Bucket, fps: float, clip_mode: str, max_frames: int | None) -> list[np.ndarray]:
+def _clip_frames(file: DataFile, bucket: Bucket, fps: float, first_frame: int, max_frames: int | None) -> list[np.ndarray]:
     """The clip's frames for a bucket, each uint8 [height, width, 3]; decoding ends with the last frame that is needed."""
-    with _opened(path) as (container, stream):
-        timeline = _timeline(path, container, stream)
+    with _opened(file) as (container, stream):
+        timeline = _timeline(file, container, stream)
     step = 1 / Fraction(fps)
-    slack = timeline.span - (bucket.frames - 1) * step
-    skipped = {"single_beginning": Fraction(0), "single_middle": max(slack, Fraction(0)) / 2}[clip_mode]
-    start = timeline.times[0] + skipped
+    start = timeline.times[0] + first_frame * step
     targets = [start + index * step for index in range(bucket.frames)][:max_frames]
-    decoded = _decoded(path, timeline, start, seek=timeline.rate is None and skipped > 0)
+    decoded = _decoded(file, timeline, start, seek=timeline.rate is None and first_frame > 0)
 
     fitted: list[np.ndarray] = []
     latest: VideoFrame | None = None
     for frame in _nearest(decoded, targets, tolerance=1 / timeline.fps):
         if frame.is_corrupt:
-            raise MediaError(path, f"frame {len(fitted) + 1} of the {len(targets)} that are needed is damaged")
+            raise MediaError(file, f"frame {len(fitted) + 1} of the {len(targets)} that are needed is damaged")
         fitted.append(fitted[-1] if frame is latest else _fitted(_upright(frame, timeline.pixel_aspect), bucket))
         latest = frame
     if len(fitted) < len(targets):
-        raise MediaError(path, f"only {len(fitted)} of the {len(targets)} frames that are needed decode")
+        raise MediaError(file, f"only {len(fitted)} of the {len(targets)} frames that are needed decode")
     return fitted
 
 

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import assign, buckets_for, problems, settings_for
 from utils.data.captions import read_folder
-from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, is_clip, probe
+from utils.data.files import DataFile
+from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, frames_at, is_clip, probe
 from utils.data.progress import ProgressLog
 from utils.data.shards import write_atomically
 from utils.data.values import ANY_CONTROLS, Bucket, Caption, Control, ControlRules, Sample, SizeRules
@@ -36,7 +38,7 @@ class DirectoryReport:
     name: str
     """Its name in the samples' keys."""
     path: Path
-    num_repeats: int
+    num_repeats: float
     controls: int = 0
     """Control pictures of each item."""
     pictures: int = 0
@@ -51,7 +53,7 @@ class DirectoryReport:
     """Suffixes of files that are no pictures, clips or captions; sub-folders under ``/``."""
 
     def lines(self) -> list[str]:
-        repeats = f", each {self.num_repeats} times an epoch" if self.num_repeats > 1 else ""
+        repeats = f", each {self.num_repeats:g} times an epoch" if self.num_repeats != 1 else ""
         controls = f", with {_count(self.controls, 'control picture')} each" if self.controls else ""
         found = [f"{self.name} ({self.path}): {_count(self.clips, 'clip')}, {_count(self.pictures, 'picture')}{controls}{repeats}"]
         found += [f"  {bucket!s:>14}  {_count(number, 'sample')}" for bucket, number in sorted(self.buckets.items())]
@@ -166,8 +168,8 @@ def _samples(
         texts: tuple[Caption, ...] = ()
         if caption_seed is not None:
             texts = variants(captions, f"{report.name}/{path.name}", caption_seed, settings)
-        report.clips += is_clip(path)
-        report.pictures += not is_clip(path)
+        report.clips += is_clip(DataFile(path))
+        report.pictures += not is_clip(DataFile(path))
         assigned = [assign(look.info, group, rules, fps) for group in groups]
         buckets = sorted({bucket for bucket in assigned if isinstance(bucket, Bucket)})
         if not buckets:
@@ -177,20 +179,27 @@ def _samples(
             samples.append(
                 Sample(
                     key=f"{report.name}/{path.name}@{bucket}",
-                    path=path,
+                    file=DataFile(path),
                     content=look.content,
                     caption=first,
                     bucket=bucket,
-                    clip_mode=settings.video_clip_mode,
-                    fps=fps if is_clip(path) else None,
-                    num_repeats=settings.num_repeats,
-                    controls=tuple(Control(control, looks[control].content) for control in listing.controls[path]),
+                    fps=fps if is_clip(DataFile(path)) else None,
+                    first_frame=_first_frame(settings, look.info, bucket, fps),
+                    repeats=Fraction(str(settings.num_repeats)),
+                    controls=tuple(Control(DataFile(control), looks[control].content) for control in listing.controls[path]),
                     original_size=(look.info.width, look.info.height),
                     captions=texts if [text.text for text in texts] != [first] else (),
                     caption_dropout=settings.caption_dropout if caption_seed is not None else 0.0,
                 )
             )
     return samples
+
+
+def _first_frame(settings: DatasetConfig, info: MediaInfo, bucket: Bucket, fps: float | None) -> int:
+    """Where the sample begins in its clip."""
+    if settings.video_clip_mode == "single_beginning" or info.fps is None:
+        return 0
+    return (frames_at(info, fps) - bucket.frames) // 2
 
 
 def _warn_of_unused(report: DirectoryReport) -> None:
@@ -324,7 +333,7 @@ def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str], s
 
 
 def _look(path: Path) -> _Look:
-    info = probe(path)
+    info = probe(DataFile(path))
     with path.open("rb") as file:
         return _Look(hashlib.file_digest(file, _blake2b).hexdigest(), info)
 

@@ -10,6 +10,7 @@ from models.sdxl.tiny import write_tiny
 from utils.config.schema import DatasetConfig
 from utils.data.cache import DatasetCache
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.sources import scan
 from utils.data.values import Bucket
@@ -39,7 +40,7 @@ def real(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(assets):
-    return load_pixels(assets.images["astronaut.png"], BUCKET, None, "single_beginning")
+    return load_pixels(DataFile(assets.images["astronaut.png"]), BUCKET)
 
 
 def encoders_of(path, **options) -> dict:

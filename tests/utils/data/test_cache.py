@@ -18,6 +18,7 @@ from tests.utils.data.encode_worker import RULES, Bytes, Pooling, samples_of
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.cache import BuildReport, DatasetCache, inputs_of, share_of
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.sources import scan
 from utils.data.values import Sample
@@ -69,7 +70,7 @@ def test_everything_is_encoded_once(mixed: Path, tmp_path: Path):
     assert sorted(pooling.keys) == [sample.key for sample in samples]
     for sample in samples:
         fields = cache.read(sample, [pooling, text])
-        pixels = load_pixels(sample.path, sample.bucket, sample.fps, sample.clip_mode)
+        pixels = load_pixels(sample.file, sample.bucket, sample.fps, sample.first_frame)
         assert torch.equal(fields["mean"], pixels.mean(dim=(1, 2, 3)))
         assert fields["latents"].dtype == torch.bfloat16
         assert fields["latents"].shape == (3, sample.bucket.frames, sample.bucket.height // 8, sample.bucket.width // 8)
@@ -332,7 +333,7 @@ def test_controls_are_decoded_at_the_size_of_the_sample_and_are_in_the_key(asset
 
     number, astronaut = encoded()
     assert number == 4
-    pixels = load_pixels(folder / "astronaut.jpg", replace(astronaut.bucket, frames=1), None, "single_beginning")
+    pixels = load_pixels(DataFile(folder / "astronaut.jpg"), replace(astronaut.bucket, frames=1))
     assert torch.equal(cache.read(astronaut, [encoder])["controls"][0], pixels.mean((1, 2, 3)))
     (folder / "coffee.jpg").unlink()
     shutil.copy(assets.images["chelsea.png"], folder / "coffee.png")

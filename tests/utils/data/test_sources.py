@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
+from utils.data.files import DataFile
 from utils.data.sources import scan
 from utils.data.values import Bucket, SizeRules
 from utils.errors import UserError
@@ -42,13 +43,14 @@ def test_pictures_and_clips_become_samples(mixed: Path):
     ]
     astronaut, bikes, *_ = result.samples
     assert (astronaut.original_size, bikes.original_size) == ((512, 512), (640, 272))
-    assert (bikes.caption, bikes.fps, bikes.bucket, bikes.num_repeats) == (
+    assert (bikes.caption, bikes.fps, bikes.bucket, bikes.repeats) == (
         "film, people on bikes — two of them",
         16.0,
         Bucket(160, 160, 33),
         2,
     )
-    assert (astronaut.caption, astronaut.fps, astronaut.path) == ("film, a portrait of an astronaut", None, mixed / "astronaut.png")
+    assert (astronaut.caption, astronaut.fps) == ("film, a portrait of an astronaut", None)
+    assert astronaut.file == DataFile(mixed / "astronaut.png")
     assert result.report.lines() == [
         f"mixed ({mixed}): 2 clips, 2 pictures, each 2 times an epoch",
         "       160x160x1  2 samples",
@@ -191,7 +193,7 @@ def test_control_pictures_go_with_the_files_of_their_name(assets, mixed: Path, t
         (mixed / f"{name}.txt").unlink()
     directory = DirectoryConfig(path=mixed, control_path=folders)
     astronaut, coffee = scan(config(directory), RULES, hash_cache=None).samples
-    assert [control.path for control in astronaut.controls] == [folders[0] / "astronaut.jpg", folders[1] / "astronaut.png"]
+    assert [control.file.path for control in astronaut.controls] == [folders[0] / "astronaut.jpg", folders[1] / "astronaut.png"]
     assert len({control.content for sample in (astronaut, coffee) for control in sample.controls}) == 4
     assert len(scan(config(DirectoryConfig(path=mixed, control_path=folders[0])), RULES, hash_cache=None).samples[0].controls) == 1
 
