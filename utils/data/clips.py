@@ -139,6 +139,7 @@ def _container(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
                     stills = ", only a cover picture" if container.streams.video else ""
                     raise MediaError(file, f"it has no video stream{stills}")
                 refuse_if_huge(file, (streams[0].width, streams[0].height))
+                streams[0].codec_context.thread_count = 1  # clips are decoded side by side
                 yield container, streams[0]
         except av.error.FFmpegError as error:
             raise MediaError(file, f"it does not decode ({error.strerror}): it is cut off, damaged, or no clip") from error
@@ -146,10 +147,10 @@ def _container(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def upright(frame: VideoFrame, look: ClipLook) -> Image.Image:
     """The frame as it is displayed: RGB, or RGBA if it has transparency; with square pixels, turned and mirrored as it asks."""
-    if any(component.is_alpha for component in frame.format.components):
-        image = Image.fromarray(frame.to_ndarray(format="rgba"))
-    else:
-        image = frame.to_image()
+    mode = "RGBA" if any(component.is_alpha for component in frame.format.components) else "RGB"
+    # Several threads for one frame cost more than they give, and there are as many clips as threads.
+    plane = frame.reformat(format={"RGB": "rgb24", "RGBA": "rgba"}[mode], threads=1).planes[0]
+    image = Image.frombuffer(mode, (frame.width, frame.height), plane, "raw", mode, plane.line_size, 1)
     if look.pixel_aspect != 1:
         image = image.resize((round(image.width * look.pixel_aspect), image.height), Image.Resampling.LANCZOS)
     matrix = frame.side_data.get("DISPLAYMATRIX")
