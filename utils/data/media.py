@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.data.clips import clip_frames, clip_size, look_at_clip, upright
 from utils.data.files import DataFile, MediaError
-from utils.data.framing import Covering, FramingError, covering, cropped_share, enlargement, framing_for, is_upscaled
+from utils.data.framing import Covering, FramingError, covering, cropped_share, enlargement, framing_for
 from utils.data.pictures import look_at_animation, read_animation, read_picture
 from utils.data.resampling import Timeline, nearest
 from utils.data.values import AS_IT_IS, CENTRE, Bucket, Framing, Reading
@@ -31,7 +31,6 @@ __all__ = [
     "enlargement",
     "frames_at",
     "is_clip",
-    "is_upscaled",
     "load_alpha_mask",
     "load_mask",
     "load_pixels",

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.utils.data.corpus_clips import at_16_fps, encode, real_frames, stored_frames
 from utils.data.files import DataFile
 from utils.data.framing import FramingError, enlargement, framing_for
-from utils.data.media import Covering, MediaError, covering, cropped_share, is_upscaled, load_alpha_mask, load_mask, load_pixels
+from utils.data.media import Covering, MediaError, covering, cropped_share, load_alpha_mask, load_mask, load_pixels
 from utils.data.values import CENTRE, Bucket, Framing
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -53,9 +53,10 @@ def test_shares_and_enlargements():
     assert cropped_share((640, 480), (64, 48)) == 0
     assert cropped_share((640, 480), (48, 48)) == pytest.approx(0.25)
     assert cropped_share((640, 480), (64, 48), Framing(box=(0, 0, 320, 240))) == pytest.approx(0.75)
-    assert not is_upscaled((640, 480), (640, 480))
-    assert is_upscaled((640, 480), (641, 480))
-    assert is_upscaled((640, 480), (640, 480), Framing(box=(0, 0, 639, 480)))
+    assert enlargement((640, 480), (640, 240)) == 1
+    assert enlargement((640, 480), (320, 480)) == 1
+    assert enlargement((640, 480), (320, 960)) == 2
+    assert enlargement((640, 480), (320, 240), Framing(box=(0, 0, 80, 480))) == 4
 
 
 @pytest.mark.parametrize("box", [(0, 0, 641, 480), (-1, 0, 10, 10), (10, 10, 10, 20), (20, 10, 10, 20), (0, 470, 10, 481)])
