@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,8 +37,11 @@ ALIVE_SECONDS = 5.0
 LEAST_SILENCE_SECONDS = 20.0
 """Silence that is no hang whatever ``hang_timeout`` says.  A Python thread gives the signs, and native code that loads a library or
 starts a device may keep all of those waiting for seconds."""
+NAMED_RANKS = 8
 NEWS_SECONDS = 3.0
 """How long a rank that fails waits for the news that it fails on account of another."""
+NOTICE_SECONDS = 600.0
+"""After so long rank 0 says whom it waits for at a safe point."""
 ANSWER_SECONDS = 5.0
 """How long the ranks may take to write their stacks."""
 
@@ -68,6 +71,8 @@ class Watchdog:
         self._steps = 0
         self._seconds: deque[float] = deque(maxlen=20)
         self._deadline: float | None = None
+        self._waits_since: float | None = None
+        self._noticed = 0.0
         self._hang = ""
         self._silent: int | None = None
         """The rank whose silence is the hang."""
@@ -119,7 +124,9 @@ class Watchdog:
 
     def safe_point(self, phase: str) -> None:
         """Collective: raises Stopped on all ranks if one was asked to stop; else the run goes on to ``phase``."""
+        self.phase, self._waits_since = f"the wait after {self.phase}", time.monotonic()
         agreed = Wishes.of_all(self.topology.gather(self.stopper.wishes()))
+        self._waits_since = None
         if agreed.ends:
             raise Stopped.by(agreed)
         self.phase = phase
@@ -180,6 +187,7 @@ class Watchdog:
             # Not the time in which this process was stopped itself, as all are when a job is suspended and goes on.
             self._listen(min(now - looked, ALIVE_SECONDS))
             looked = now
+            self._notice(now)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 usual = statistics.median(self._seconds)
                 self._hangs(f"{self.phase} takes more than {self.limit:.0f} s; recent ones took {usual:.1f} s")
@@ -196,6 +204,22 @@ class Watchdog:
                     f"{self.describe(rank)} has given no sign of life for {self.silence_limit:.0f} s, during {sign.phase}: "
                     "its process is stopped, or its machine is frozen or swaps"
                 )
+
+    def _notice(self, now: float) -> None:
+        """Say whom rank 0 has been waiting for."""
+        since = self._waits_since
+        if since is not None and now - max(since, self._noticed) > NOTICE_SECONDS:
+            self._noticed = now
+            log.warning(
+                "%.0f minutes of waiting: %s",
+                (now - since) / 60,
+                ", ".join(self._elsewhere()[:NAMED_RANKS]) or "all ranks are there",
+            )
+
+    def _elsewhere(self) -> list[str]:
+        """The connected ranks that are not where this one is, with their places."""
+        others = {rank: sign.phase for rank, sign in self._signs.items() if sign.phase != self.phase and rank != self._silent}
+        return [f"{self.describe(rank)} is at {phase}" for rank, phase in others.items()]
 
     def _departs(self, message: Message) -> None:
         self._departed.add(message["rank"])
@@ -216,16 +240,20 @@ class Watchdog:
         if self._hang:
             return
         self._hang, self._hang_noticed = text, time.monotonic()
-        if self.folder is None:
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-        else:
-            with (self.folder / f"stacks-rank-{self.topology.rank}.txt").open("a") as file:
-                file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.describe(self.topology.rank)}: {text}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        threading.Timer(4 * ANSWER_SECONDS, os._exit, (FAILED,)).start()  # should the disk be what hangs
+        self._write_stacks(text)
         self._answered.add(self.topology.rank)
         self.line.send("hung", text=text)
         self.line.send("stacks")
+
+    def _write_stacks(self, text: str) -> None:
+        if self.folder is None:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            return
+        with suppress(OSError), (self.folder / f"stacks-rank-{self.topology.rank}.txt").open("a") as file:
+            file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.describe(self.topology.rank)}: {text}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _end_hang(self) -> None:
         """Leave when every rank has written its stacks, or has had its time; the others leave after rank 0, which tells of it."""
@@ -233,9 +261,9 @@ class Watchdog:
         missing = sorted(set(range(self.topology.world_size)) - self._answered)
         if waited > (ANSWER_SECONDS if self.topology.is_main else 2 * ANSWER_SECONDS) or (not missing and self.topology.is_main):
             unnamed = [rank for rank in missing if rank != self._silent]
-            silent = f"; no answer from {', '.join(map(self.describe, unnamed))}" if unnamed else ""
+            found = [f"no answer from {', '.join(map(self.describe, unnamed))}"] if unnamed else self._elsewhere()[:NAMED_RANKS]
             place = f"in {self.folder}" if self.folder else "above"
-            text = f"the run hangs: {self._hang}; the stacks of its ranks are {place}{silent}"
+            text = "; ".join([f"the run hangs: {self._hang}", *found, f"the stacks of its ranks are {place}"])
             self._end(text, FAILED, 0 if 0 in missing else None)
 
     def _end(self, text: str, code: int, lost: int | None) -> None:

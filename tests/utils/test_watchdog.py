@@ -1,5 +1,7 @@
 """When a step is taken for hung.  What the watchdog does then, and when ranks vanish, is in tests/distributed/test_stopping.py."""
 
+import time
+
 import pytest
 import torch
 
@@ -69,6 +71,20 @@ def test_a_rank_is_silent_only_while_this_one_listens(watchdog, monkeypatch):
         watch._handlers["bye"]({"kind": "bye", "rank": 1})
         watch._listen(1000)
         assert not hangs, "it has ended"
+
+
+def test_whom_rank_0_waits_for_is_told_now_and_then(watchdog, monkeypatch, caplog):
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)
+    with watchdog() as watch:
+        watch.line.hosts = ["here", "there", "there"]
+        for rank, phase in ((1, "the wait after start-up"), (2, "loading the weights")):
+            watch._handlers[ALIVE]({"kind": ALIVE, "rank": rank, "phase": phase})
+        monkeypatch.setattr(Topology, "gather", lambda self, value: [watch._notice(time.monotonic() + 601), value][1:])
+        watch.safe_point("encoding")
+        [told] = caplog.messages
+        assert told == "10 minutes of waiting: rank 2 (stage 2, host there) is at loading the weights"
+        watch._notice(time.monotonic() + 3600)
+        assert len(caplog.messages) == 1, "it does not wait any more"
 
 
 @pytest.mark.parametrize(("timeout", "limit"), [(None, LEAST_HANG_SECONDS), ("30m", 1800), ("1s", LEAST_SILENCE_SECONDS)])
