@@ -303,10 +303,12 @@ class LimitsConfig(Table):
 
     time: Time | None = None
     """Time of the job, from its start (under Slurm the job's). Shortly before it is over, by at least a minute and by what a step
-    and a checkpoint took so far, the run saves and ends with exit code 75, which asks for another start."""
+    (or an export) and a checkpoint took so far, the run saves and ends with exit code 75, which asks for another start."""
     hang_timeout: Time | None = None
     """A step that takes longer is taken for hung: the stacks of all ranks are written to the run's folder, and the run ends for a
-    restart. The first steps of a start are not measured. Default: ten times the recent steps, and at least 10 minutes."""
+    restart. The first steps of a start are not measured. Default: ten times the recent steps, and at least 10 minutes. Anywhere
+    else, from the start to the end, what takes long is waited for; but a process that gives no sign of life for so long (default
+    10 minutes, and never less than 20 s) ends the run in the same way: one that is stopped, or whose machine is frozen or swaps."""
 
     @field_validator("time")
     @classmethod
