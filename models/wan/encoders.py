@@ -24,7 +24,6 @@ from models.wan.files import WanFiles
 from models.wan.networks import NETWORKS
 from models.wan.variants import Condition
 from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
-from utils.errors import UserError
 
 MAX_TOKENS = 512
 KNOWN_FRAMES: dict[Condition, tuple[int, ...]] = {"first": (0,), "first and last": (0, -1)}
