@@ -70,5 +70,5 @@ def data_fingerprint(order: EpochOrder) -> str:
     """Hash of the samples in their order: the same position means the same sample only if this is the same."""
     digest = hashlib.blake2b(digest_size=16)
     for sample in order.samples:
-        digest.update(f"{sample.key}\x1f{sample.num_repeats}\x1e".encode())
+        digest.update(f"{sample.key}\x1f{sample.repeats}\x1e".encode())
     return digest.hexdigest()

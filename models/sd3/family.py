@@ -65,7 +65,8 @@ class Family(ModelFamily):
         self.files = files.find_files(options)
         self.config = self.files.transformer.config
         self.variant = variant_of(self.config)
-        self.size_rules = SizeRules(multiple=PIXELS_PER_LATENT * self.config["patch_size"], frame_step=None, fps=None)
+        side = PIXELS_PER_LATENT * self.config["patch_size"]
+        self.size_rules = SizeRules(multiple=side, frame_step=None, fps=None, token_side=side)
         self.timesteps = self.timestep_distribution(SHIFT)
         self.dropout = {"clip_l": options.clip_l_dropout, "clip_g": options.clip_g_dropout, "t5": options.t5_dropout}
 

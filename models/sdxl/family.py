@@ -72,7 +72,7 @@ class Family(ModelFamily):
         self.files = files.find_files(options)
         self.config = self.files.transformer.config
         self.variant = "sdxl"
-        self.size_rules = SizeRules(multiple=32, frame_step=None, fps=None)
+        self.size_rules = SizeRules(multiple=32, frame_step=None, fps=None, token_side=8)
         self.prediction, self.zero_terminal_snr = _training(options, self.files)
         log.info("SDXL: prediction %s%s", self.prediction, ", zero terminal SNR" if self.zero_terminal_snr else "")
         for number, name in enumerate(text_encoders.TEXT_ENCODERS, start=1):

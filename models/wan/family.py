@@ -71,7 +71,9 @@ class Family(ModelFamily):
         self.variant = files.variant_of(self.config, self.expert)
         self.facts = VARIANTS[self.variant]
         self.options = self._with_timesteps(options)
-        self.size_rules = SizeRules(multiple=self.facts.multiple, frame_step=FRAMES_PER_LATENT, fps=self.facts.fps)
+        self.size_rules = SizeRules(
+            multiple=self.facts.multiple, frame_step=FRAMES_PER_LATENT, fps=self.facts.fps, token_side=self.facts.multiple
+        )
         self.timesteps = self.timestep_distribution(DEFAULT_SHIFT)
         self.routing = Routing(self.timesteps, self.facts.boundary) if self.expert == "both" else None
         if self.routing:

@@ -11,6 +11,7 @@ import torch
 
 from models import family_names, load_family
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw
@@ -70,11 +71,11 @@ def item_for(family, assets) -> EncodeItem:
     bucket = Bucket(width=96, height=64, frames=5 if video else 1)
     file = assets.clips["bikes.mp4"] if video else assets.images["astronaut.png"]
     pictures = (assets.images[name] for name in ("coffee.png", "chelsea.png"))
-    controls = [load_pixels(picture, bucket, None, "single_beginning") for picture in pictures]
+    controls = [load_pixels(DataFile(picture), bucket) for picture in pictures]
     return EncodeItem(
         key="item",
         caption=CAPTION,
-        pixels=load_pixels(file, bucket, family.size_rules.fps, "single_beginning"),
+        pixels=load_pixels(DataFile(file), bucket, family.size_rules.fps),
         controls=tuple(controls[: CONTROLS.get(family.variant, 0)]),
         original_size=(512, 512),
     )

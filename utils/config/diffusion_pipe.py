@@ -46,7 +46,6 @@ NO_EFFECT = {
 
 _API_KEY = "a secret does not belong in a file that is copied into the run's folder; set the environment variable WANDB_API_KEY"
 REFUSED = {
-    "image_micro_batch_size_per_gpu": "all buckets have the batch size micro_batch_size_per_gpu; remove the key",
     "force_constant_lr": 'set [optimizer] lr and lr_scheduler = "constant"',
     "pseudo_huber_c": 'set [model] loss = "pseudo_huber" and loss_delta',
     "eval_every_n_examples": "use eval_every_n_steps or eval_every_n_epochs",
@@ -57,9 +56,7 @@ REFUSED = {
 }
 """Keys without which training would be another one (or that may not be in a file), with the way out."""
 
-DATASET_REFUSED = {
-    "mask_path": "training with masks is not offered; remove the key",
-}
+DATASET_REFUSED = {}
 """The same for the dataset file, where these may stand at the top or in a directory."""
 DATASET_RENAMED = {"cache_shuffle_delimiter": "tag_delimiter"}
 DATASET_NO_EFFECT = {"online_captions": "captions are read at every start, and those that changed are encoded again"}

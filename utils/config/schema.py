@@ -1,4 +1,4 @@
-"""The settings of a run, one frozen pydantic model per TOML table.
+"""The settings of a run, one frozen pydantic model per TOML table; those of a dataset file are in ``dataset``.
 
 A key is documented by the text under it; ``configs/README.md`` repeats them and a test holds the two together.  Key names and
 meanings are those of diffusion-pipe's TOML files where it has the idea.  A family's own ``[model]`` keys are in the family's
@@ -9,48 +9,14 @@ they are reported together with every other problem, at the line of the key.
 """
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    Strict,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, ConfigDict, Field, SerializeAsAny, Strict, ValidationInfo, field_validator
 
+from utils.config.dataset import DatasetConfig as DatasetConfig
+from utils.config.dataset import DirectoryConfig as DirectoryConfig
+from utils.config.table import FilePath, PositiveInt, Table
 from utils.stopping import LEAST_MARGIN_SECONDS
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_whole, value))
-
-
-def _resolution(value: Any) -> Any:
-    if not _whole(value) and not _pair(value):
-        raise ValueError("a resolution is the side of a square like 512, or a pair [width, height], in whole pixels above 0")
-    return value
-
-
-def _aspect_ratio(value: Any) -> Any:
-    if not (type(value) in (int, float) and value > 0) and not _pair(value):
-        raise ValueError("an aspect ratio is width / height, a number above 0, or a pair [width, height]")
-    return value
-
-
-def _size_bucket(value: Any) -> Any:
-    if not (isinstance(value, list) and len(value) == 3 and all(map(_whole, value))):
-        raise ValueError("each size bucket is [width, height, frames], three whole numbers above 0")
-    return value
 
 
 def block_numbers(text: str) -> set[int]:
@@ -86,22 +52,6 @@ def _time(value: str) -> str:
     return value
 
 
-def _encoding(value: str) -> str:
-    try:
-        b"a".decode(value)
-    except LookupError as error:
-        raise ValueError('it is no encoding of texts that is known; write one like "cp1252", "shift_jis" or "gb18030"') from error
-    except UnicodeError:
-        pass  # one of more than a byte for each sign
-    return value
-
-
-def _tag_delimiter(value: str) -> str:
-    if not value:
-        raise ValueError('it may not be empty; tags are divided by a text like ", "')
-    return value
-
-
 def _folder_name(value: str) -> str:
     if not value.strip(".") or any(sign in value for sign in "/\\"):
         raise ValueError("it becomes the name of a folder or file, so it may not be empty or hold a slash")
@@ -111,34 +61,12 @@ def _folder_name(value: str) -> str:
 DtypeName = Literal["float32", "bfloat16", "float16"]
 # float16 is for files: to train in it, the loss would have to be scaled.
 TrainingDtype = Literal["float32", "bfloat16"]
-# TOML has lists and strings only: these two are read from them although the tables are strict about types.
-FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value).expanduser() if isinstance(value, str) else value)]
+# TOML has no pairs, and the tables are strict about types.
 Pair = Annotated[tuple[float, float], Strict(False)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Name = Annotated[str, AfterValidator(_folder_name)]
-# The text is what `describe.allowed` says of them.
-Resolution = Annotated[int | list[int], BeforeValidator(_resolution), "sides and [width, height] pairs"]
-AspectRatio = Annotated[float | list[int], BeforeValidator(_aspect_ratio), "ratios and [width, height] pairs"]
-SizeBucket = Annotated[list[int], BeforeValidator(_size_bucket), "[width, height, frames]"]
+# The text is what `describe.allowed` says of it.
 BlockRanges = Annotated[str | dict[str, str], AfterValidator(_block_ranges), 'numbers like "0-9,20", or a table of them']
 Time = Annotated[str, AfterValidator(_time), 'a time like "3h50m"']
-Encoding = Annotated[str, AfterValidator(_encoding)]
-TagDelimiter = Annotated[str, AfterValidator(_tag_delimiter)]
-FrameBuckets = Annotated[list[PositiveInt], Field(min_length=1)]
-
-
-class Table(BaseModel):
-    """A TOML table: unknown keys are errors, types are not coerced, values cannot be changed after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-        validate_default=True,  # the validators of combinations speak up for keys that were not given, too
-        allow_inf_nan=False,  # TOML knows inf and nan; no setting means anything with them
-    )
 
 
 class MergedAdapter(Table):
@@ -365,6 +293,11 @@ class RunConfig(Table):
     """Stop after so many optimizer steps. With `epochs` too, whichever comes first."""
     micro_batch_size_per_gpu: PositiveInt = 1
     """Samples that travel through the pipeline together."""
+    image_micro_batch_size_per_gpu: PositiveInt | None = None
+    """The same for buckets of one frame, pictures, which take less room than clips. Default: `micro_batch_size_per_gpu`."""
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """Instead of these two: as many samples of a bucket as have at most so many tokens in the model, and one at least. `--check`
+    shows the tokens of each bucket."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step and replica. With stages, at least twice their number keeps them busy."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
@@ -385,8 +318,8 @@ class RunConfig(Table):
     """For `manual`: the first layer of each stage after the first, as `--check` numbers them."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: much less memory, about a third more time."""
-    num_loader_threads: PositiveInt = 2
-    """Threads that read cached samples ahead of training."""
+    num_loader_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes of each rank that read cached samples ahead of training. 0: the rank reads them itself, when it needs them."""
 
     save_every_n_steps: PositiveInt | None = None
     """Export the trained weights every so many steps. The end of the run always exports."""
@@ -440,6 +373,14 @@ class RunConfig(Table):
             raise ValueError("it needs run_name, or it is not known which run to continue")
         return value
 
+    @field_validator("max_tokens_per_micro_batch")
+    @classmethod
+    def _replaces_fixed_sizes(cls, value: int | None, info: ValidationInfo) -> int | None:
+        fixed = {"micro_batch_size_per_gpu": 1, "image_micro_batch_size_per_gpu": None}
+        if value is not None and (given := [name for name, default in fixed.items() if info.data.get(name, default) != default]):
+            raise ValueError(f"it chooses the batch sizes, which {' and '.join(given)} fixes; remove one of them")
+        return value
+
     @field_validator("max_steps")
     @classmethod
     def _has_an_end(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -488,139 +429,4 @@ class RunConfig(Table):
         names = ["training", *(entry.name for entry in value)]  # what the training data are called in reports
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f'every entry needs a name of its own, not "training"; taken: {", ".join(repeated)}')
-        return value
-
-
-class DirectoryConfig(Table):
-    """``[[directory]]``: a folder of pictures and clips.  Keys of the dataset file may be repeated here to override it."""
-
-    path: FilePath
-    """The folder. Captions stand beside the files, in `.txt` or `.json` files of the same name, or in `captions.json`."""
-    num_repeats: PositiveInt | None = None
-    """How often an epoch shows each item. Default: the dataset file's."""
-    resolutions: list[Resolution] | None = None
-    """Overrides the dataset file's."""
-    frame_buckets: FrameBuckets | None = None
-    """Overrides the dataset file's."""
-    size_buckets: list[SizeBucket] | None = None
-    """Overrides the dataset file's."""
-    enable_ar_bucket: bool | None = None
-    """Overrides the dataset file's."""
-    min_ar: Annotated[float, Field(gt=0)] | None = None
-    """Overrides the dataset file's."""
-    max_ar: Annotated[float, Field(gt=0)] | None = None
-    """Overrides the dataset file's."""
-    num_ar_buckets: PositiveInt | None = None
-    """Overrides the dataset file's."""
-    ar_buckets: list[AspectRatio] | None = None
-    """Overrides the dataset file's."""
-    caption_prefix: str | None = None
-    """Overrides the dataset file's."""
-    caption_suffix: str | None = None
-    """Overrides the dataset file's."""
-    trigger_word: str | None = None
-    """Overrides the dataset file's."""
-    captions_per_line: bool | None = None
-    """Overrides the dataset file's."""
-    caption_encoding: Encoding | None = None
-    """Overrides the dataset file's."""
-    on_missing_caption: Literal["error", "empty"] | None = None
-    """Overrides the dataset file's."""
-    caption_wildcards: bool | None = None
-    """Overrides the dataset file's."""
-    shuffle_tags: bool | None = None
-    """Overrides the dataset file's."""
-    tag_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Overrides the dataset file's."""
-    keep_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Overrides the dataset file's."""
-    tag_delimiter: TagDelimiter | None = None
-    """Overrides the dataset file's."""
-    caption_variants: PositiveInt | None = None
-    """Overrides the dataset file's."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Overrides the dataset file's."""
-    control_path: FilePath | list[FilePath] | None = None
-    """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
-
-    @property
-    def control_paths(self) -> list[Path]:
-        """The folders of ``control_path``."""
-        given = self.control_path or []
-        return given if isinstance(given, list) else [given]
-
-
-class DatasetConfig(Table):
-    """The dataset file."""
-
-    resolutions: list[Resolution] = []
-    """Sizes to train at: a number is the side of a square of equal area (`512`), a pair is `[width, height]`."""
-    enable_ar_bucket: bool = False
-    """Sort by aspect ratio into buckets of about the area of each resolution, instead of cropping all to its shape."""
-    min_ar: Annotated[float, Field(gt=0)] = 0.5
-    """Narrowest aspect ratio (width / height) of the buckets."""
-    max_ar: Annotated[float, Field(gt=0)] = 2.0
-    """Widest aspect ratio of the buckets."""
-    num_ar_buckets: PositiveInt = 7
-    """Number of aspect ratios, evenly spaced in their logarithm."""
-    ar_buckets: list[AspectRatio] | None = None
-    """The aspect ratios themselves, or `[width, height]` pairs, instead of the three keys above."""
-    frame_buckets: FrameBuckets = [1]
-    """Numbers of frames to train at. A clip goes into the largest bucket that it fills; 1 is for pictures."""
-    size_buckets: list[SizeBucket] | None = None
-    """Buckets as `[width, height, frames]`, instead of all of the above."""
-    video_clip_mode: Literal["single_beginning", "single_middle"] = "single_beginning"
-    """Which part of a clip longer than its bucket is used."""
-    fps: Annotated[float, Field(gt=0)] | None = None
-    """Frames per second that clips are resampled to. Default: the family's."""
-    num_repeats: PositiveInt = 1
-    """How often an epoch shows each item."""
-    caption_prefix: str = ""
-    """Text put before every caption."""
-    caption_suffix: str = ""
-    """Text put after every caption."""
-    trigger_word: str = ""
-    """A word put before each caption that does not hold it, followed by `tag_delimiter`."""
-    captions_per_line: bool = False
-    """Each line of a `.txt` file is a caption of its own. Training shows one at a time."""
-    caption_encoding: Encoding = "utf-8"
-    """How caption files are encoded that have no byte order mark, as UTF-16 has."""
-    on_missing_caption: Literal["error", "empty"] = "error"
-    """`empty` gives an item without a caption file an empty caption; how many there are is reported."""
-    caption_wildcards: bool = False
-    """`{red|blue}` in a caption is one of the two, `{3::red|blue}` three times as often red; choices may hold choices. A
-    sign after a backslash is the sign itself."""
-    shuffle_tags: bool = False
-    """Shuffle the tags that a caption is made of."""
-    tag_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which each tag is left out."""
-    keep_tokens: Annotated[int, Field(ge=0)] = 0
-    """So many tags at the start of a caption stay there, and are not left out."""
-    tag_delimiter: TagDelimiter = ", "
-    """What is between tags; the spaces around it do not matter."""
-    caption_variants: PositiveInt = 4
-    """How many texts are made and encoded of an item whose captions vary by wildcards, shuffling or tag dropout; each caption has
-    at least one. More of them take more room in the cache."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability with which an item is shown with an empty caption, without prefix and trigger word."""
-    directory: Annotated[list[DirectoryConfig], Field(min_length=1)]
-    """The folders, at least one."""
-
-    @field_validator("max_ar")
-    @classmethod
-    def _aspect_ratios_are_in_order(cls, value: float, info: ValidationInfo) -> float:
-        if value < info.data.get("min_ar", 0.0):
-            raise ValueError(f"it must not be below min_ar = {info.data['min_ar']}")
-        return value
-
-    @field_validator("directory")
-    @classmethod
-    def _sizes_are_known(cls, value: list[DirectoryConfig], info: ValidationInfo) -> list[DirectoryConfig]:
-        if not {"resolutions", "size_buckets"} <= info.data.keys() or info.data["resolutions"] or info.data["size_buckets"]:
-            return value
-        if bare := [str(entry.path) for entry in value if not (entry.resolutions or entry.size_buckets)]:
-            raise ValueError(
-                "give resolutions (or size_buckets) for the whole file or for each directory; "
-                f"there are none for: {', '.join(bare)}"
-            )
         return value

@@ -62,12 +62,12 @@ class EpochOrder:
     @property
     def num_samples(self) -> int:
         """Samples of an epoch, repeats that were asked for included, those that fill up batches not."""
-        return sum(sample.num_repeats for sample in self.samples)
+        return sum(int(sample.repeats) for sample in self.samples)
 
     @property
     def num_micro_batches(self) -> int:
         """Of an epoch, without those that complete its last step; the same in every epoch."""
-        sizes = [sum(sample.num_repeats for sample in bucket) for bucket in self._buckets.values()]
+        sizes = [sum(int(sample.repeats) for sample in bucket) for bucket in self._buckets.values()]
         return sum(-(-size // self.micro_batch_size) for size in sizes)
 
     def steps_per_epoch(self, micro_batches_per_step: int) -> int:
@@ -86,10 +86,10 @@ class EpochOrder:
         samples = self._buckets[alike]
         bucket, controls = alike
         purpose = f"order of {bucket}" + (f" with {controls} control pictures" if controls else "")
-        members = [(sample.key, occurrence) for sample in samples for occurrence in range(sample.num_repeats)]
+        members = [(sample.key, occurrence) for sample in samples for occurrence in range(int(sample.repeats))]
         order = torch.randperm(len(members), generator=generator(self.seed, epoch, purpose)).tolist()
         shuffled = [members[place] for place in order]
-        shown = Counter({sample.key: sample.num_repeats for sample in samples})
+        shown = Counter({sample.key: int(sample.repeats) for sample in samples})
         lacking = -len(members) % self.micro_batch_size
         shuffled += _shown_again([shuffled[place % len(members)][0] for place in range(lacking)], shown)
         return [tuple(shuffled[at : at + self.micro_batch_size]) for at in range(0, len(shuffled), self.micro_batch_size)]

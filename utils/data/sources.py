@@ -6,15 +6,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import assign, buckets_for, problems, settings_for
 from utils.data.captions import read_folder
-from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, is_clip, probe
+from utils.data.files import DataFile
+from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, frames_at, is_clip, probe
 from utils.data.progress import ProgressLog
+from utils.data.scan_report import MAX_LISTED, DirectoryReport, ScanReport, count
 from utils.data.shards import write_atomically
 from utils.data.values import ANY_CONTROLS, Bucket, Caption, Control, ControlRules, Sample, SizeRules
 from utils.data.variants import first_caption, variants
@@ -24,61 +27,7 @@ from utils.stopping import Stopped
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 8
-MAX_LISTED = 40
-"""Problems of one message; the rest is counted."""
 _MEMORY_VERSION = 1
-
-
-@dataclass
-class DirectoryReport:
-    """What became of one ``[[directory]]``."""
-
-    name: str
-    """Its name in the samples' keys."""
-    path: Path
-    num_repeats: int
-    controls: int = 0
-    """Control pictures of each item."""
-    pictures: int = 0
-    clips: int = 0
-    buckets: Counter[Bucket] = field(default_factory=Counter)
-    """Samples in each bucket."""
-    unused: dict[str, str] = field(default_factory=dict)
-    """Files without any sample, and why."""
-    uncaptioned: int = 0
-    """Items that have an empty caption because there is none for them."""
-    ignored: Counter[str] = field(default_factory=Counter)
-    """Suffixes of files that are no pictures, clips or captions; sub-folders under ``/``."""
-
-    def lines(self) -> list[str]:
-        repeats = f", each {self.num_repeats} times an epoch" if self.num_repeats > 1 else ""
-        controls = f", with {_count(self.controls, 'control picture')} each" if self.controls else ""
-        found = [f"{self.name} ({self.path}): {_count(self.clips, 'clip')}, {_count(self.pictures, 'picture')}{controls}{repeats}"]
-        found += [f"  {bucket!s:>14}  {_count(number, 'sample')}" for bucket, number in sorted(self.buckets.items())]
-        found += [f"  not used: {name}: {reason}" for name, reason in self.unused.items()]
-        if self.uncaptioned:
-            found.append(f"  without a caption, shown with an empty one: {_count(self.uncaptioned, 'file')}")
-        if self.ignored:
-            kinds = [f"{number} {suffix or 'without suffix'}" for suffix, number in sorted(self.ignored.items()) if suffix != "/"]
-            kinds += [_count(self.ignored["/"], "sub-folder")] if self.ignored["/"] else []
-            found.append(f"  not looked at: {', '.join(kinds)}")
-        return found
-
-
-@dataclass(frozen=True)
-class ScanReport:
-    """What is in the folders and what is used of it."""
-
-    directories: list[DirectoryReport]
-
-    @property
-    def unused(self) -> dict[str, str]:
-        """``<directory's name>/<file>`` and why no sample was made of it."""
-        return {f"{part.name}/{name}": reason for part in self.directories for name, reason in part.unused.items()}
-
-    def lines(self) -> list[str]:
-        """For the log and ``--check``."""
-        return [line for directory in self.directories for line in directory.lines()]
 
 
 @dataclass(frozen=True)
@@ -123,7 +72,7 @@ def scan(
     looks = _look_at_all(sorted(paths), hash_cache, wrong, stop)
     if wrong:
         more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
-        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {_count(len(wrong), 'problem')}:"))
+        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {count(len(wrong), 'problem')}:"))
 
     samples: list[Sample] = []
     reports: list[DirectoryReport] = []
@@ -132,8 +81,8 @@ def scan(
         report = DirectoryReport(
             name,
             directory.path,
-            settings.num_repeats,
-            len(directory.control_paths),
+            num_repeats=settings.num_repeats,
+            controls=len(directory.control_paths),
             uncaptioned=listing.uncaptioned,
             ignored=listing.ignored,
         )
@@ -166,8 +115,8 @@ def _samples(
         texts: tuple[Caption, ...] = ()
         if caption_seed is not None:
             texts = variants(captions, f"{report.name}/{path.name}", caption_seed, settings)
-        report.clips += is_clip(path)
-        report.pictures += not is_clip(path)
+        report.clips += is_clip(DataFile(path))
+        report.pictures += not is_clip(DataFile(path))
         assigned = [assign(look.info, group, rules, fps) for group in groups]
         buckets = sorted({bucket for bucket in assigned if isinstance(bucket, Bucket)})
         if not buckets:
@@ -177,14 +126,14 @@ def _samples(
             samples.append(
                 Sample(
                     key=f"{report.name}/{path.name}@{bucket}",
-                    path=path,
+                    file=DataFile(path),
                     content=look.content,
                     caption=first,
                     bucket=bucket,
-                    clip_mode=settings.video_clip_mode,
-                    fps=fps if is_clip(path) else None,
-                    num_repeats=settings.num_repeats,
-                    controls=tuple(Control(control, looks[control].content) for control in listing.controls[path]),
+                    fps=fps if is_clip(DataFile(path)) else None,
+                    first_frame=_first_frame(settings, look.info, bucket, fps),
+                    repeats=Fraction(str(settings.num_repeats)),
+                    controls=tuple(Control(DataFile(control), looks[control].content) for control in listing.controls[path]),
                     original_size=(look.info.width, look.info.height),
                     captions=texts if [text.text for text in texts] != [first] else (),
                     caption_dropout=settings.caption_dropout if caption_seed is not None else 0.0,
@@ -193,11 +142,18 @@ def _samples(
     return samples
 
 
+def _first_frame(settings: DatasetConfig, info: MediaInfo, bucket: Bucket, fps: float | None) -> int:
+    """Where the sample begins in its clip."""
+    if settings.video_clip_mode == "single_beginning" or info.fps is None:
+        return 0
+    return (frames_at(info, fps) - bucket.frames) // 2
+
+
 def _warn_of_unused(report: DirectoryReport) -> None:
     if report.unused:
         named = [f"{name}: {reason}" for name, reason in report.unused.items()]
         more = [f"and {len(named) - MAX_LISTED} more"] if len(named) > MAX_LISTED else []
-        log.warning(listed(named[:MAX_LISTED] + more, f"{report.path}: {_count(len(named), 'file')} cannot be used:"))
+        log.warning(listed(named[:MAX_LISTED] + more, f"{report.path}: {count(len(named), 'file')} cannot be used:"))
 
 
 # ── what lies in a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -324,7 +280,7 @@ def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str], s
 
 
 def _look(path: Path) -> _Look:
-    info = probe(path)
+    info = probe(DataFile(path))
     with path.open("rb") as file:
         return _Look(hashlib.file_digest(file, _blake2b).hexdigest(), info)
 
@@ -342,7 +298,3 @@ def _read_memory(hash_cache: Path | None) -> dict[str, dict[str, Any]]:
         return memory["files"] if memory["version"] == _MEMORY_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

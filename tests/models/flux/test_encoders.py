@@ -10,6 +10,7 @@ from PIL import Image
 from models.flux import Family
 from models.flux.tiny import RealTokenizers, write_tiny
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
@@ -55,12 +56,12 @@ def real(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(assets):
-    return load_pixels(assets.images["astronaut.png"], BUCKET, None, "single_beginning")
+    return load_pixels(DataFile(assets.images["astronaut.png"]), BUCKET)
 
 
 @pytest.fixture(scope="module")
 def control(assets):
-    return load_pixels(assets.images["coffee.png"], BUCKET, None, "single_beginning")
+    return load_pixels(DataFile(assets.images["coffee.png"]), BUCKET)
 
 
 def test_all_layouts_give_the_same_bits(kontext, pixels, control):

@@ -13,6 +13,7 @@ from models.flux.keys import flux_key_map
 from tests.models.flux import reference
 from utils.checkpoints.export import TrainingFacts, export_full
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.diffusion.timesteps import TimestepDistribution
@@ -41,7 +42,7 @@ def family_of(path, **options):
 def pictures(assets):
     """Target and control."""
     files = (assets.images["astronaut.png"], assets.images["coffee.png"])
-    return [load_pixels(file, BUCKET, None, "single_beginning") for file in files]
+    return [load_pixels(DataFile(file), BUCKET) for file in files]
 
 
 @pytest.fixture(scope="module")

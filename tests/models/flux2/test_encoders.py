@@ -12,6 +12,7 @@ from models.flux2.chat import CHATS, ChatTokenizer
 from models.flux2.tiny import QWEN3_CHAT
 from tests.models.flux2.reference import PIPELINES
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
@@ -49,7 +50,7 @@ def encoded(encoder, *items):
 
 @pytest.fixture(scope="module")
 def pixels(assets):
-    return [load_pixels(assets.images[name], BUCKET, None, "single_beginning") for name in PICTURES]
+    return [load_pixels(DataFile(assets.images[name]), BUCKET) for name in PICTURES]
 
 
 def as_picture(pixels) -> Image.Image:

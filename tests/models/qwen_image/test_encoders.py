@@ -20,6 +20,7 @@ from models.qwen_image.tiny import write_tiny
 from tests.models.qwen_image.pipelines import opened, picture_of
 from utils.config.schema import ModelOptions
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
@@ -34,7 +35,7 @@ CAPTIONS = ("Put a red hat on the cat — 给猫戴上帽子 🎩", "it's\n\n 2 
 def pictures(assets):
     """Wide and tall ones."""
     sizes = {"chelsea.png": (160, 96), "rocket.jpg": (96, 128), "astronaut.png": (64, 64)}
-    return [load_pixels(assets.images[name], Bucket(*size, frames=1), None, "single_beginning") for name, size in sizes.items()]
+    return [load_pixels(DataFile(assets.images[name]), Bucket(*size, frames=1)) for name, size in sizes.items()]
 
 
 @pytest.fixture(scope="module")

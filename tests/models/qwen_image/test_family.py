@@ -9,6 +9,7 @@ from models import load_family
 from models.qwen_image import encoders
 from tests.models.qwen_image.pipelines import opened, picture_of
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw
@@ -29,7 +30,7 @@ def family_of(folder, **options):
 @pytest.fixture(scope="module")
 def pictures(assets):
     names = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
-    return [load_pixels(assets.images[name], BUCKET, None, "single_beginning") for name in names]
+    return [load_pixels(DataFile(assets.images[name]), BUCKET) for name in names]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from PIL import Image
 from models.sd3 import Family
 from models.sd3.tiny import RealTokenizers, write_tiny
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw, generator
@@ -42,7 +43,7 @@ def real(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(assets):
-    return load_pixels(assets.images["astronaut.png"], BUCKET, None, "single_beginning")
+    return load_pixels(DataFile(assets.images["astronaut.png"]), BUCKET)
 
 
 def family_of(path, **options) -> Family:

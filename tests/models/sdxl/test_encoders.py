@@ -10,6 +10,7 @@ from models.sdxl.tiny import write_tiny
 from utils.config.schema import DatasetConfig
 from utils.data.cache import DatasetCache
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.sources import scan
 from utils.data.values import Bucket
@@ -39,7 +40,7 @@ def real(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(assets):
-    return load_pixels(assets.images["astronaut.png"], BUCKET, None, "single_beginning")
+    return load_pixels(DataFile(assets.images["astronaut.png"]), BUCKET)
 
 
 def encoders_of(path, **options) -> dict:
@@ -188,7 +189,7 @@ def test_original_size_and_crop_come_from_the_file(models, assets, tmp_path):
         samples = scan(
             DatasetConfig.model_validate({**settings, "size_buckets": [size]}), family.size_rules, hash_cache=None
         ).samples
-        cache.build(samples, encoders, rank=0, world_size=1, device=CPU)
+        cache.build(samples, encoders, device=CPU)
         found[tuple(size[:2])] = cache.read(samples[0], encoders)["time_ids"].tolist()
     assert found == {
         (96, 64): [427, 640, 0, 0, 64, 96],

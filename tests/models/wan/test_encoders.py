@@ -20,6 +20,7 @@ from models.wan.files import find_files
 from models.wan.options import WanOptions
 from models.wan.tiny import write_tiny
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
@@ -52,7 +53,7 @@ def real_text_model(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(assets) -> Tensor:
-    return load_pixels(assets.clips["bikes.mp4"], BUCKET, 16.0, "single_beginning")
+    return load_pixels(DataFile(assets.clips["bikes.mp4"]), BUCKET, 16.0)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_decode_is_the_pipelines(models, pipeline, encoded):
 def test_image_states_are_the_pipelines(models, pipeline, clip, assets, image):
     """Square, wide and small pictures: the processor scales the shorter side and crops."""
     bucket = Bucket(width=320, height=256, frames=1)
-    pixels = clip if image == "first frame" else load_pixels(assets.images[image], bucket, None, "single_beginning")
+    pixels = clip if image == "first frame" else load_pixels(DataFile(assets.images[image]), bucket)
     encoder = encoders_of(models / "released")["clip"]
     encoder.load(CPU)
     with torch.no_grad():

@@ -9,6 +9,7 @@ from models import load_family
 from tests.models.wan import reference
 from utils.config.dump import dump_table
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw
@@ -41,7 +42,7 @@ def family_of(model, **options):
 @pytest.fixture(scope="module")
 def clip(assets):
     """Pixels of a real clip."""
-    return load_pixels(assets.clips["carphone_pristine.mp4"], BUCKET, 16.0, "single_beginning")
+    return load_pixels(DataFile(assets.clips["carphone_pristine.mp4"]), BUCKET, 16.0)
 
 
 def encode(model, pixels):

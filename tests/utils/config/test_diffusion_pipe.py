@@ -261,5 +261,5 @@ def test_clip_mode_of_the_main_file(files):
 
 
 def test_a_wrong_clip_mode_is_reported_where_it_stands(files):
-    (problem,) = files.problems(files.main('video_clip_mode = "multiple_overlapping"'))
+    (problem,) = files.problems(files.main('video_clip_mode = "single_end"'))
     assert problem.startswith('main.toml:1: video_clip_mode must be one of "single_beginning", "single_middle"')

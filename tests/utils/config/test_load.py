@@ -263,7 +263,7 @@ def test_problems_of_all_files_in_one_message(files):
         "data.toml:1: frame_buckets must be a list of whole numbers of at least 1, got the list [1, 0]",
         "data.toml:6: directory[0].num_repeat is not a known key; did you mean `num_repeats`?",
         "data.toml:7: directory[1].path is missing; it must be a path in quotes",
-        "data.toml:8: directory[1].num_repeats must be a whole number of at least 1, got the string '2'",
+        "data.toml:8: directory[1].num_repeats must be a number above 0 and at most 10000, got the string '2'",
         "held.toml:1: min_ar must be a number above 0, got the whole number -1",
     ]
 
@@ -353,8 +353,9 @@ DATASET_MISTAKES = {
     "aspect ratios in the wrong order": ("min_ar = 3.0", "data.toml:1: max_ar: it must not be below min_ar = 3.0"),
     "aspect ratio of 0": ("ar_buckets = [0]", "data.toml:1: ar_buckets = [0]: an aspect ratio is width / height, a number above 0"),
     "unknown way to cut a clip": (
-        'video_clip_mode = "multiple_overlapping"',
-        'data.toml:1: video_clip_mode must be one of "single_beginning", "single_middle", got the string \'multiple_overlapping\'',
+        'video_clip_mode = "middle"',
+        'data.toml:1: video_clip_mode must be one of "single_beginning", "single_middle", "multiple_overlapping", '
+        '"non_overlapping", "uniform", got the string \'middle\'',
     ),
 }
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.utils.data.encode_worker import Bytes, Pooling, samples_of
 from utils.data.batches import BatchLoader, EpochOrder, MicroBatchPlan
 from utils.data.cache import DatasetCache
+from utils.data.files import DataFile
 from utils.data.values import Batch, Bucket, Control, MicroBatch, Sample
 from utils.draw import Draw
 
@@ -20,17 +22,16 @@ BUCKETS = [Bucket(64, 64, 1), Bucket(64, 64, 9), Bucket(96, 48, 9)]
 
 def sample(number: int, bucket: Bucket, num_repeats: int, num_controls: int = 0) -> Sample:
     path = Path(f"{number}.mp4")
-    controls = tuple(Control(Path(f"{number}-{place}.png"), f"{number}-{place}") for place in range(num_controls))
+    controls = tuple(Control(DataFile(Path(f"{number}-{place}.png")), f"{number}-{place}") for place in range(num_controls))
     return Sample(
         f"data/{path.name}@{bucket}",
-        path,
+        DataFile(path),
         f"{number:040}",
         "a caption",
         bucket,
-        "single_beginning",
-        16.0,
-        num_repeats,
-        controls,
+        fps=16.0,
+        repeats=Fraction(num_repeats),
+        controls=controls,
     )
 
 
@@ -56,10 +57,10 @@ def test_an_epoch_shows_every_sample_and_repeats_only_to_fill_up(order: EpochOrd
     assert all(len(plan.members) == order.micro_batch_size for plan in plans)
     shown = Counter(key for plan in plans for key, _ in plan.members)
     for entry in order.samples:
-        assert shown[entry.key] >= entry.num_repeats
+        assert shown[entry.key] >= entry.repeats
     # What was added fills one micro-batch of each bucket at most.
     for kind in set(kind_of.values()):
-        added = sum(shown[entry.key] - entry.num_repeats for entry in order.samples if kind_of[entry.key] == kind)
+        added = sum(shown[entry.key] - entry.repeats for entry in order.samples if kind_of[entry.key] == kind)
         assert added < order.micro_batch_size
     assert_occurrences_count_up(plans)
 
@@ -148,7 +149,7 @@ def test_evaluation_shows_a_sample_alone():
 @pytest.fixture
 def encoded(mixed: Path, tmp_path: Path) -> tuple[DatasetCache, list[Sample], list]:
     samples, encoders, cache = samples_of(mixed), [Pooling(), Bytes()], DatasetCache(tmp_path / "cache")
-    cache.build(samples, encoders, rank=0, world_size=1, device=torch.device("cpu"))
+    cache.build(samples, encoders, device=torch.device("cpu"))
     return cache, samples, encoders
 
 

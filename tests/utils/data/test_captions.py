@@ -24,7 +24,7 @@ def scanned(folder: Path, **keys) -> Scan:
 
 
 def captions_of(folder: Path, **keys) -> dict[str, str]:
-    return {sample.path.name: sample.caption for sample in scanned(folder, **keys).samples}
+    return {sample.file.name: sample.caption for sample in scanned(folder, **keys).samples}
 
 
 def refusal(folder: Path, **keys) -> list[str]:
@@ -174,7 +174,7 @@ def test_a_txt_goes_before_a_json_and_that_before_the_table(mixed: Path, caplog)
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
         found = scanned(mixed)
-    assert {sample.path.name: sample.caption for sample in found.samples} == expected | {
+    assert {sample.file.name: sample.caption for sample in found.samples} == expected | {
         "coffee.png": "coffee in JSON",
         "astronaut.png": "astronaut in the table",
     }
@@ -190,7 +190,7 @@ def test_items_without_a_caption_may_have_an_empty_one(mixed: Path):
         'on_missing_caption = "empty"'
     ]
     found = scanned(mixed, on_missing_caption="empty", caption_prefix="film")
-    assert {sample.path.name for sample in found.samples if sample.caption == "film"} == {"coffee.png", "bikes.mp4"}
+    assert {sample.file.name for sample in found.samples if sample.caption == "film"} == {"coffee.png", "bikes.mp4"}
     # An empty file is a caption that was meant to be empty.
     assert found.report.lines()[-1] == "  without a caption, shown with an empty one: 1 file"
 
@@ -230,7 +230,7 @@ def test_a_directory_has_keys_of_its_own(mixed: Path):
     keys = {"captions_per_line": True, "trigger_word": "sks", "caption_suffix": "!"}
     dataset = DatasetConfig(resolutions=[64], frame_buckets=[1, 9], directory=directories, **keys)
     samples = scan(dataset, RULES, hash_cache=None, caption_seed=0).samples
-    first, second = [sample for sample in samples if sample.path.name == "coffee.png"]
+    first, second = [sample for sample in samples if sample.file.name == "coffee.png"]
     assert [caption.text for caption in first.captions] == ["sks, tea!", "sks, coffee!"]
     assert (second.caption, second.captions, second.caption_dropout) == ("tea\ncoffee!", (), 0.5)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
+from utils.data.files import DataFile
 from utils.data.sources import scan
 from utils.data.values import Bucket, SizeRules
 from utils.errors import UserError
@@ -42,13 +43,14 @@ def test_pictures_and_clips_become_samples(mixed: Path):
     ]
     astronaut, bikes, *_ = result.samples
     assert (astronaut.original_size, bikes.original_size) == ((512, 512), (640, 272))
-    assert (bikes.caption, bikes.fps, bikes.bucket, bikes.num_repeats) == (
+    assert (bikes.caption, bikes.fps, bikes.bucket, bikes.repeats) == (
         "film, people on bikes — two of them",
         16.0,
         Bucket(160, 160, 33),
         2,
     )
-    assert (astronaut.caption, astronaut.fps, astronaut.path) == ("film, a portrait of an astronaut", None, mixed / "astronaut.png")
+    assert (astronaut.caption, astronaut.fps) == ("film, a portrait of an astronaut", None)
+    assert astronaut.file == DataFile(mixed / "astronaut.png")
     assert result.report.lines() == [
         f"mixed ({mixed}): 2 clips, 2 pictures, each 2 times an epoch",
         "       160x160x1  2 samples",
@@ -105,7 +107,7 @@ def test_everything_that_is_wrong_is_told_at_once(mixed: Path, assets, tmp_path:
     (mixed / "empty.png").write_bytes(b"")
     for name in ("cut.txt", "empty.txt", "lonely.txt", "phone.txt"):
         (mixed / name).write_text("a caption")
-    (mixed / "phone.heic").write_bytes(b"?")
+    (mixed / "phone.psd").write_bytes(b"?")
     (mixed / "coffee.txt").unlink()
     (mixed / "astronaut.txt").write_bytes(b"caf\xe9")
     missing = tmp_path / "missing"
@@ -116,8 +118,9 @@ def test_everything_that_is_wrong_is_told_at_once(mixed: Path, assets, tmp_path:
         f"  - {mixed}/coffee.png: it has no caption; write one to coffee.txt beside it (an empty file is an empty caption), "
         'or set on_missing_caption = "empty"',
         f"  - {mixed}/lonely.txt: a caption without a picture or clip of the same name; remove it, or add the file",
-        f"  - {mixed}/phone.heic: it has a caption, but files of this kind are not read; convert it to one of .avi, .avif, .bmp, "
-        ".flv, .gif, .jpeg, .jpg, .m4v, .mkv, .mov, .mp4, .mpeg, .mpg, .png, .tif, .tiff, .webm, .webp, .wmv",
+        f"  - {mixed}/phone.psd: it has a caption, but files of this kind are not read; convert it to one of .apng, .avi, .avif, "
+        ".bmp, .flv, .gif, .heic, .heif, .jfif, .jp2, .jpeg, .jpg, .m4v, .mkv, .mov, .mp4, .mpeg, .mpg, .png, .tif, .tiff, .webm, "
+        ".webp, .wmv",
         f"  - {mixed}/cut.mp4: it does not decode (Invalid data found when processing input): it is cut off, damaged, or no clip",
         f"  - {mixed}/empty.png: the file is empty",
     ]
@@ -191,7 +194,7 @@ def test_control_pictures_go_with_the_files_of_their_name(assets, mixed: Path, t
         (mixed / f"{name}.txt").unlink()
     directory = DirectoryConfig(path=mixed, control_path=folders)
     astronaut, coffee = scan(config(directory), RULES, hash_cache=None).samples
-    assert [control.path for control in astronaut.controls] == [folders[0] / "astronaut.jpg", folders[1] / "astronaut.png"]
+    assert [control.file.path for control in astronaut.controls] == [folders[0] / "astronaut.jpg", folders[1] / "astronaut.png"]
     assert len({control.content for sample in (astronaut, coffee) for control in sample.controls}) == 4
     assert len(scan(config(DirectoryConfig(path=mixed, control_path=folders[0])), RULES, hash_cache=None).samples[0].controls) == 1
 

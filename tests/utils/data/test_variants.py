@@ -17,6 +17,7 @@ from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.batches import BatchLoader, EpochOrder, MicroBatchPlan
 from utils.data.cache import BuildReport, DatasetCache, inputs_of
 from utils.data.encoders import EncodeItem
+from utils.data.files import DataFile
 from utils.data.sources import scan
 from utils.data.values import Batch, Bucket, Caption, MicroBatch, Sample
 from utils.data.variants import alternatives, as_shown, first_caption, tags_in, variants, vary_tags
@@ -195,7 +196,7 @@ def test_variants_stay_what_they_are():
     assert shown == ["g, e", "", "c, d, b, a", "", "", "g, e", "b, a, d, c", ""]
 
 
-SAMPLE = Sample("data/a.png@64x64x1", Path("a.png"), "0", "first", Bucket(64, 64, 1), "single_beginning", None, 1)
+SAMPLE = Sample("data/a.png@64x64x1", DataFile(Path("a.png")), "0", "first", Bucket(64, 64, 1))
 
 
 def test_captions_are_shown_at_their_weights_and_dropped_at_their_rate():
@@ -249,7 +250,7 @@ def samples_of(folder: Path, seed: int | None = 0, **keys) -> list[Sample]:
 
 def build(folder: Path, samples: list[Sample], encoders: list) -> tuple[DatasetCache, BuildReport]:
     cache = DatasetCache(folder)
-    return cache, cache.build(samples, encoders, rank=0, world_size=1, device=torch.device("cpu"))
+    return cache, cache.build(samples, encoders, device=torch.device("cpu"))
 
 
 def test_every_text_is_encoded_once_and_equals_a_fresh_one(varied: Path, tmp_path: Path):
@@ -283,7 +284,7 @@ def test_only_what_changed_is_encoded(varied: Path, tmp_path: Path):
 def test_evaluation_shows_the_first_caption_alone(varied: Path):
     samples = samples_of(varied, seed=None)
     assert all((sample.captions, sample.caption_dropout) == ((), 0.0) for sample in samples)
-    assert {sample.caption for sample in samples if sample.path.stem in ("bikes", "coffee")} == {
+    assert {sample.caption for sample in samples if sample.file.stem in ("bikes", "coffee")} == {
         "people on bikes, a city, day",
         "coffee, cup, table, spoon",
     }
