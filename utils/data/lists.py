@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -79,7 +78,7 @@ class _Rows:
         self.belonging: set[str] = set()
 
     def add(self, rows: list[tuple[int, Any]]) -> None:
-        columns: Counter[str] = Counter()
+        columns: set[str] = set()
         for line, row in rows:
             place = f"{self.path}:{line}"
             try:
@@ -99,11 +98,11 @@ class _Rows:
             else:
                 self.listing.items.append(item)
 
-    def _name_unknown(self, columns: Counter[str]) -> None:
+    def _name_unknown(self, columns: set[str]) -> None:
         known = {*OTHER_COLUMNS}
         for names in (PATH_COLUMNS, CAPTION_COLUMNS):
             known.add(next((name for name in names if name in columns), names[0]))
-        if unknown := sorted(columns.keys() - known):
+        if unknown := sorted(columns - known):
             log.warning("%s: columns that are not read: %s", printable(str(self.path)), ", ".join(map(printable, unknown)))
 
     def _add_row(self, row: dict[str, Any], place: str) -> None:
@@ -120,6 +119,7 @@ class _Rows:
             item.known_frames = {end: found for end in KNOWN_FRAMES if (found := self._file(row, f"{end}_frame"))}
         except RowError:
             self.refused.add(printable(name))
+            self.listing.set_aside.add(divided(name)[0])
             raise
         self.belonging |= {found.identity for found in (item.mask, *item.controls, *item.known_frames.values()) if found}
         self.named.add(item.name)

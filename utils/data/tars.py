@@ -28,6 +28,7 @@ def add_members(tar: Found, prefix: str, listing: Listing, problems: Problems) -
                     "what is in it is compressed already"
                 )
                 return
+            stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:") as opened:
                 members = opened.getmembers()
                 end = opened.offset
