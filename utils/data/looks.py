@@ -1,6 +1,5 @@
 """What is in a file: its hash, its size, its length.  Each file is opened once, and known again as long as it does not change."""
 
-import hashlib
 import json
 import logging
 import time
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.data.files import DataFile
+from utils.data.files import content_of
 from utils.data.listing import Found, stamp_of
 from utils.data.media import PIXELS_VERSION, MediaError, MediaInfo, is_clip, probe
 from utils.data.pictures import read_picture
@@ -149,19 +148,10 @@ def _look(wanted: Wanted) -> Look:
     try:
         info = probe(file, wanted.reading)
         alpha = (not is_clip(file) and read_picture(file, colours=False).mode == "RGBA") if wanted.alpha else None
-        content = _hash(file)
+        content = content_of(file)
         now = stamp_of(file.path.stat())
     except OSError as error:
         raise MediaError(file, f"it cannot be read ({error.strerror or error})") from error
     if now != stamp[: len(now)]:
         raise MediaError(file, "it changed while it was read; start again when it is whole")
     return Look(content, info, alpha)
-
-
-def _hash(file: DataFile) -> str:
-    with file.open() as stream:
-        return hashlib.file_digest(stream, _blake2b).hexdigest()
-
-
-def _blake2b() -> "hashlib._Hash":
-    return hashlib.blake2b(digest_size=20)
