@@ -9,6 +9,7 @@ Items are encoded one after the other, so that what is cached does not depend on
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,8 +23,7 @@ from models.common.text_encoders import Tokenize, TokenizerFile, clean_caption
 from models.wan.files import WanFiles
 from models.wan.networks import NETWORKS
 from models.wan.variants import Condition
-from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.errors import UserError
+from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
 
 MAX_TOKENS = 512
 KNOWN_FRAMES: dict[Condition | None, tuple[Literal["first", "last"], ...]] = {
@@ -121,12 +121,7 @@ class WanTextEncoder(FrozenEncoder):
         return {"config": self.config, "tokenizer": tokenizer, "max_tokens": MAX_TOKENS}
 
     def load(self, device: torch.device) -> None:
-        self._tokenize = self.tokenizer.load(MAX_TOKENS)
-        if self._tokenize.vocabulary > self.config["vocab_size"]:
-            raise UserError(
-                f"{self.tokenizer.path} has {self._tokenize.vocabulary} tokens, the text encoder knows "
-                f"{self.config['vocab_size']}: they do not belong together; name the tokenizer's folder with model.tokenizer_path"
-            )
+        self._tokenize = self.tokenizer.load_for(self.config["vocab_size"], MAX_TOKENS)
         super().load(device)
 
     def unload(self) -> None:
@@ -136,6 +131,9 @@ class WanTextEncoder(FrozenEncoder):
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         return [{"text": self._states(item.caption)} for item in items]
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        return self.tokenizer.lengths(map(clean_caption, captions), self.config["vocab_size"], MAX_TOKENS)
 
     def _states(self, caption: str) -> Tensor:
         ids = torch.tensor([self._tokenize(clean_caption(caption))], device=self.device)

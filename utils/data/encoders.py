@@ -1,7 +1,7 @@
 """What a frozen network must offer so that its output can be cached.  The cache does not know which one is a VAE."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,20 @@ class EncodeItem:
     framing: Framing = CENTRE
     known_frames: Mapping[Literal["first", "last"], Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenLength:
+    """How long a caption is for an encoder."""
+
+    tokens: int
+    """All that the encoder would be given: the caption's, and those of the template and of its ends."""
+    limit: int
+    """So many are read; what is behind them is cut off."""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.tokens > self.limit
 
 
 class ConditionEncoder(ABC):
@@ -70,3 +84,10 @@ class ConditionEncoder(ABC):
     @abstractmethod
     def unload(self) -> None:
         """Give the memory back."""
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        """How long each caption is, with ``controls`` control pictures beside it, by the tokenizer alone: no weights are read.
+
+        None for encoders that read no captions.  UserError if the tokenizer cannot be used.
+        """
+        return []
