@@ -74,6 +74,7 @@ CHANGES: dict[str, tuple[Change, set[str]]] = {
     # The clip is too wide for its bucket, and not too high.  Its mask and control picture may have another shape.
     "a crop farther up": (lambda sample: replace(sample, framing=Framing(y=0.1)), {"shown", "controls", "both", "mask"}),
     "another background": (lambda sample: replace(sample, reading=Reading((0, 0, 0))), {*PIXELS, "controls", "both"}),
+    "an animated mask that is a picture": (lambda sample: replace(sample, reading=Reading(animated="first_frame")), {"mask"}),
     "another control": (lambda sample: replace(sample, controls=(control("d.png"),)), {"controls", "both"}),
     "two controls": (lambda sample: replace(sample, controls=(control("c.png"), control("d.png"))), {"controls", "both"}),
     "another mask": (lambda sample: replace(sample, mask=control("n.png")), {"mask"}),

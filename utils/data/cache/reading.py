@@ -8,11 +8,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from utils.data import media
 from utils.data.cache.keys import Input, known_frames, num_pixels
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.files import DataFile, content_of
-from utils.data.media import MediaError
+from utils.data.media import MediaError, load_alpha_mask, load_mask, load_pixels
 from utils.data.values import Control, Sample
 
 DECODE_THREADS = 4
@@ -125,16 +124,17 @@ def _unreadable(file: DataFile, error: OSError) -> MediaError:
 
 
 def _pixels(sample: Sample, max_frames: int | None) -> Tensor:
-    return media.load_pixels(sample.file, sample.bucket, sample.fps, sample.first_frame, max_frames, sample.framing, sample.reading)
+    return load_pixels(sample.file, sample.bucket, sample.fps, sample.first_frame, max_frames, sample.framing, sample.reading)
 
 
 def _picture(control: Control, sample: Sample) -> Tensor:
     """A picture that belongs to a sample: scaled and cropped as the sample is."""
-    still = replace(sample.reading, animated="first_frame")
-    return media.load_pixels(control.file, replace(sample.bucket, frames=1), framing=sample.framing, reading=still)
+    size, still = replace(sample.bucket, frames=1), replace(sample.reading, animated="first_frame")
+    return load_pixels(control.file, size, framing=sample.framing, reading=still, item_size=sample.original_size)
 
 
 def _mask(sample: Sample) -> Tensor:
+    how = (sample.bucket, sample.fps, sample.first_frame, sample.framing, sample.reading)
     if sample.mask is None:
-        return media.load_alpha_mask(sample.file, sample.bucket, sample.fps, sample.first_frame, sample.framing, sample.reading)
-    return media.load_mask(sample.mask.file, sample.bucket, sample.fps, sample.first_frame, sample.framing, sample.reading)
+        return load_alpha_mask(sample.file, *how)
+    return load_mask(sample.mask.file, *how, item_size=sample.original_size)
