@@ -88,6 +88,11 @@ class Topology:
         return self.rank == 0
 
     @property
+    def reads_data(self) -> bool:
+        """The first stage has the inputs, the last one the targets; those between get everything from their neighbours."""
+        return self.stage in (0, self.stages - 1)
+
+    @property
     def writes_weights(self) -> bool:
         """One replica of each stage writes; the others hold the same."""
         return self.replica == 0
@@ -171,6 +176,15 @@ class Topology:
         text = store.get(key).decode()
         store.delete_key(key)
         return text
+
+    def count(self, key: str, amount: int = 1) -> int:
+        """Add to a number that all ranks share, 0 at first, and return it.  It waits for nobody."""
+        return _store().add(key, amount)
+
+    def posted(self, keys: Sequence[str]) -> list[str] | None:
+        """The texts that were posted under all of the keys, which stay there; None if one is missing yet."""
+        store = _store()
+        return [store.get(key).decode() for key in keys] if store.check(list(keys)) else None
 
     def sum_over_stages(self, tensor: Tensor) -> Tensor:
         """In-place sum over the stages of this replica."""

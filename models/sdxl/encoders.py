@@ -11,7 +11,6 @@ from torch import Tensor
 
 from models.common.clip import ClipTextEncoder
 from models.common.kl_encoders import KlVaeEncoder
-from models.common.latent_encoders import FrozenEncoder
 from models.sdxl.files import SdxlFiles
 from models.sdxl.options import SdxlOptions
 from models.sdxl.text_encoders import TEXT_ENCODERS, trained_text_encoders
@@ -69,14 +68,10 @@ class ChunkedClipEncoder(ClipTextEncoder):
 
     def __init__(self, *arguments: Any, chunks: int, clip_skip: int):
         super().__init__(*arguments)
-        self.chunks, self.clip_skip = chunks, clip_skip
+        self.chunks, self.clip_skip, self.max_tokens = chunks, clip_skip, chunks * CHUNK + 2
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "chunks": self.chunks, "clip_skip": self.clip_skip}
-
-    def load(self, device: torch.device) -> None:
-        self._tokenize = self.tokenizer.load_for(self.config["vocab_size"], self.chunks * CHUNK + 2)
-        FrozenEncoder.load(self, device)
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:

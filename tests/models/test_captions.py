@@ -10,13 +10,15 @@ from models import load_family
 from models.qwen_image import tiny as qwen_image
 from models.sdxl import tiny as sdxl
 from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.batches import BatchLoader, MicroBatchPlan
+from utils.data.batches import BatchLoader
 from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.media import load_pixels
+from utils.data.order import MicroBatchPlan
 from utils.data.sources import scan
 from utils.data.values import Bucket, Sample
 from utils.data.variants import alternatives, as_shown
+from utils.data.workers import WorkerPool
 from utils.draw import Draw
 
 CPU = torch.device("cpu")
@@ -60,7 +62,7 @@ def test_every_variant_is_encoded_as_if_it_were_alone(name: str, variant: str, a
     samples = scan(dataset, family.size_rules, hash_cache=None, controls=family.controls, caption_seed=5).samples
     encoders = [encoder for encoder in family.encoders() if "caption" in encoder.reads]
     cache = DatasetCache(pictures / "cache")
-    report = cache.build(samples, encoders, rank=0, world_size=1, device=CPU, batch_size=2)
+    report = cache.build(samples, encoders, device=CPU, batch_size=2)
     # Three variants of each picture, whatever its sizes; the empty caption once, or once for each control picture at each size.
     per_encoder = 2 * 3 + 1 if name == "sdxl" else 4 * (3 + 1)
     assert [part.encoded for part in report.encoders] == [per_encoder] * len(encoders)
@@ -77,7 +79,7 @@ def test_every_variant_is_encoded_as_if_it_were_alone(name: str, variant: str, a
             assert found.keys() == expected[each.key, each.caption].keys()
             assert all(torch.equal(value, expected[each.key, each.caption][field]) for field, value in found.items())
 
-    loader, sample = BatchLoader(cache, samples, encoders, 1), samples[0]
+    loader, sample = BatchLoader(cache, samples, encoders, family.prepare_inputs, WorkerPool(0)), samples[0]
     seen = set()
     for epoch in range(12):
         batch = loader.read(plan := MicroBatchPlan.single(0, sample.key), draw := Draw(5, epoch))

@@ -1,9 +1,11 @@
 """The files of a data set: on the disk, or inside a ``.tar`` file that is never unpacked.  What they are, by their first bytes."""
 
 import codecs
+import hashlib
 import io
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from utils.errors import UserError
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(name: str) -> str:
+    """A file's name on one line that UTF-8 can hold: line ends and bytes that are no text are written as codes."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,7 +58,13 @@ class DataFile:
         return io.BufferedReader(_Member(self)) if self.member else self.path.open("rb")
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else str(self.path)
+        return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
+
+
+def content_of(file: DataFile) -> str:
+    """Hash of its bytes: what a file is known by, wherever it lies.  Raises OSError."""
+    with file.open() as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
 class _Member(io.RawIOBase):
