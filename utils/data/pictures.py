@@ -2,13 +2,15 @@
 
 import io
 import logging
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from utils.data.files import HEIC, DataFile, MediaError, opened, tell_once
 from utils.data.resampling import Timeline
@@ -24,6 +26,18 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
 # Browsers show frames that are to be shown for less than this, or not at all, for a tenth of a second.
 _SHORTEST_MS, _DEFAULT_MS = 10, 100
+
+# EXIF's orientation -> what turns the picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WARNINGS = threading.Lock()
 
 # A mode -> the colours that a profile must be made for.
 _SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
@@ -137,11 +151,18 @@ def _plain(file: DataFile, image: Image.Image, colours: bool) -> Image.Image:
 
 
 def _upright(file: DataFile, image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # as many kinds as there are ways to write EXIF wrongly
-        tell_once(log, f"{file}: its EXIF data is broken ({error}); the picture is used as it lies in the file")
-        return image.copy()
+    # Pillow tells of broken EXIF data through the interpreter's warnings, which know no file and are the same for all threads.
+    with _WARNINGS, warnings.catch_warnings(record=True) as problems:
+        warnings.simplefilter("always")
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except Exception as error:  # as many kinds as there are ways to write EXIF wrongly
+            orientation = None
+            problems.append(error)
+    if problems:
+        problem = getattr(problems[0], "message", problems[0])
+        tell_once(log, f"{file}: its EXIF data is broken ({problem}); it is turned as far as that can be read")
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
 
 
 def _upper_bytes(image: Image.Image) -> Image.Image:

@@ -68,16 +68,23 @@ def test_in_a_tar_file_they_are_the_same(corpus: list[Awkward], tmp_path: Path):
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_is_ignored_of_a_file_is_said_once(corpus: list[Awkward], caplog):
-    [broken] = [one for one in corpus if one.name == "profile: cut"]
-    copy = broken.path.with_name("another.png")
-    copy.write_bytes(broken.path.read_bytes())
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("profile: cut", "its colour profile is not used (cannot build transform); its colours are taken for sRGB"),
+        ("broken EXIF", "its EXIF data is broken (Corrupt EXIF data. "),
+        ("wrong count in the header", "its head says that it lasts 400.0 s, and its frames end after 0.9 s; these are used"),
+    ],
+)
+def test_what_is_ignored_of_a_file_is_said_once(corpus: list[Awkward], caplog, tmp_path: Path, name: str, said: str):
+    [awkward] = [one for one in corpus if one.name == name]
+    copy = tmp_path / f"copy{awkward.path.suffix}"
+    copy.write_bytes(awkward.path.read_bytes())
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             probe(DataFile(copy))
     [message] = caplog.messages
-    assert message.startswith(f"{copy}: its colour profile is not used (")
-    assert message.endswith("its colours are taken for sRGB")
+    assert message.startswith(f"{copy}: {said}")
 
 
 def test_heic_without_its_package_says_what_to_install(corpus: list[Awkward], monkeypatch):

@@ -90,7 +90,7 @@ def test_a_box_stays_a_box_in_another_picture(size, item, data):
     assert (mapped.x, mapped.y) == (0.3, 0.7)
     assert framing_for(item, item, framing) == framing
     for side, whole, before, after in zip(size * 2, item * 2, framing.box, mapped.box, strict=True):
-        assert abs(after - before * side / whole) <= 1
+        assert abs(after - before * side / whole) <= 1.5  # rounded, and one pixel at least
 
 
 # ── pixels ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
