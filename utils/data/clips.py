@@ -141,6 +141,8 @@ def _container(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
                 refuse_if_huge(file, (streams[0].width, streams[0].height))
                 streams[0].codec_context.thread_count = 1  # clips are decoded side by side
                 yield container, streams[0]
+        except (av.error.FileNotFoundError, av.error.PermissionError) as error:
+            raise MediaError(file, f"it cannot be read ({error.strerror})") from error
         except av.error.FFmpegError as error:
             raise MediaError(file, f"it does not decode ({error.strerror}): it is cut off, damaged, or no clip") from error
 

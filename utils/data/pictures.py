@@ -12,8 +12,9 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from utils.data.files import HEIC, DataFile, MediaError, opened, tell_once
+from utils.data.files import DataFile, MediaError, opened, tell_once
 from utils.data.resampling import Timeline
+from utils.data.signatures import HEIC
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def read_animation(file: DataFile, colours: bool = True) -> Iterator[tuple[Fract
     """The frames of an animated picture like :func:`read_picture`, each with the time in seconds at which it is shown."""
     with _picture(file) as image:
         for time in _frames(image):
-            yield time, _plain(file, image, colours)
+            frame = _plain(file, image, colours)
+            yield time, frame.copy() if frame is image else frame  # the next frame is drawn into the same picture
 
 
 def look_at_animation(file: DataFile) -> Timeline | None:
@@ -130,7 +132,7 @@ def _frames(image: Image.Image) -> Iterator[Fraction]:
 
 
 def _plain(file: DataFile, image: Image.Image, colours: bool) -> Image.Image:
-    """A copy, upright, RGB or RGBA with 8 bits a channel."""
+    """Upright, RGB or RGBA with 8 bits a channel; the picture itself if it is so already."""
     image.load()
     profile = image.info.get("icc_profile") if colours else None
     image = _upright(file, image)
@@ -162,7 +164,7 @@ def _upright(file: DataFile, image: Image.Image) -> Image.Image:
     if problems:
         problem = getattr(problems[0], "message", problems[0])
         tell_once(log, f"{file}: its EXIF data is broken ({problem}); it is turned as far as that can be read")
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _upper_bytes(image: Image.Image) -> Image.Image:
@@ -185,10 +187,11 @@ def _to_srgb(file: DataFile, image: Image.Image, profile: bytes | None) -> Image
             tell_once(log, f"{file}: its colour profile is not used ({error}); its colours are taken for sRGB")
         else:
             image = image.convert("RGB") if needs_colours else image
-            return ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
+            if transform:
+                return ImageCms.applyTransform(image, transform)
     if image.mode == "LAB":
         return ImageCms.applyTransform(image, _to_srgb_transform(ImageCms.createProfile("LAB"), "LAB"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tests.utils.data.corpus import Corpus, picture
+from tests.utils.data.corpus_clips import square
 
 CAFE = "café ☕ 猫 😀"
 
@@ -36,10 +37,8 @@ def add_names(corpus: Corpus) -> None:
     ):
         corpus.add(f"name: {name}", f"{stem}.png", data, looks)
     corpus.add("name: capital suffix", "SHOUTED.PNG", data, looks)
-    from tests.utils.data.corpus_clips import _square
-
     for name, stem in (("colon", "file:not a protocol"), ("pattern", "frame%03d"), ("clip with quotes", 'it\'s "moving"\n')):
-        corpus.add(f"name: {name}", f"{stem}.mp4", clip, _square(corpus.clips["carphone_distorted.mp4"]))
+        corpus.add(f"name: {name}", f"{stem}.mp4", clip, square(corpus.clips["carphone_distorted.mp4"]))
 
     elsewhere = corpus.folder / "elsewhere"
     elsewhere.mkdir()
