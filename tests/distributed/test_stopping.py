@@ -244,5 +244,5 @@ def test_a_file_that_one_rank_cannot_read_ends_all_with_the_users_error(workspac
     os.utime(clip, ns=(state.st_atime_ns, state.st_mtime_ns))  # so that it is not looked at again
     workspace.dataset.write_text(workspace.dataset.read_text().replace("48", "64"))
     said = workspace.train(config, "--cache-only", processes=2, expect=USER_ERROR)
-    assert "these files do not decode; repair or remove them" in said
+    assert "these files cannot be encoded; repair or remove them" in said
     assert "rocket.jpg" in said
