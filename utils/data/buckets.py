@@ -149,8 +149,8 @@ def _directory_problems(directory: DirectoryConfig, rules: SizeRules) -> Iterato
     for end in ("first", "last"):
         key = f"{end}_frame_path"
         if (path := getattr(directory, key)) is not None and end not in rules.known_frames:
-            shown = " and ".join(rules.known_frames) or "no"
-            yield f"{key} = {str(path)!r}: this model is shown {shown} frame of a clip; remove the key"
+            shown = f"only the {rules.known_frames[0]} frame" if rules.known_frames else "no frame"
+            yield f"{key} = {str(path)!r}: this model is shown {shown} of a clip; remove the key"
     if directory.is_reg and directory.trigger_word:
         yield f"trigger_word = {directory.trigger_word!r}: is_reg = true adds no trigger word; remove one of them"
 

@@ -141,6 +141,7 @@ def _add_files(folder: Folder, listing: Listing, problems: Problems) -> None:
     for name, reason in folder.broken.items():
         if divided(name)[1] in MEDIA:
             problems.add(name, folder.path / name.removeprefix(folder.name), reason)
+            listing.set_aside.add(divided(name)[0])
         else:
             listing.unused[name] = reason
     for entry in folder.files:
