@@ -213,6 +213,18 @@ def test_a_directory_may_have_aspect_ratios_of_its_own():
     ]
 
 
+def test_parts_of_clips_are_counted_where_there_are_several():
+    uniform = {"video_clip_mode": "uniform"}
+    assert problems(config(uniform | {"clips_per_video": 2}, resolutions=[512]), CLIPS) == []
+    assert problems(config({}, uniform, resolutions=[512], clips_per_video=2), CLIPS) == []
+    assert problems(config(uniform, resolutions=[512]), CLIPS) == [
+        '[[directory]] data0: video_clip_mode: "uniform" needs clips_per_video: how many parts of each clip are used'
+    ]
+    assert problems(config(resolutions=[512], clips_per_video=2), CLIPS) == [
+        'clips_per_video: it has no effect without video_clip_mode = "uniform"; set that, or remove it'
+    ]
+
+
 def test_control_pictures_that_the_model_does_not_take():
     dataset = config({}, {"control_path": "a"}, {"control_path": ["a", "b"]}, resolutions=[512])
     assert problems(dataset, PICTURES, ControlRules(0, 10)) == []
