@@ -76,12 +76,12 @@ def _read(name: str, path: Path) -> tuple[Folder, set[str]]:
                 folder.hidden += 1
                 continue
             try:
-                if entry.is_dir():
+                if entry.is_file():
+                    folder.files.append(entry)
+                elif entry.is_dir():
                     folder.folders.append(entry.name)
                     if entry.is_symlink():
                         linked.add(f"{name}{entry.name}/")
-                elif entry.is_file():
-                    folder.files.append(entry)
                 else:
                     entry.stat()  # raises for a link to nothing
                     folder.broken[name + entry.name] = "it cannot be read (it is no file, but a folder, a pipe or a device)"
