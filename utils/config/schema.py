@@ -374,7 +374,7 @@ class RunConfig(Table):
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps. With `epochs` too, whichever comes first."""
     micro_batch_size_per_gpu: PositiveInt = 1
-    """Samples that travel through the pipeline together."""
+    """Samples that travel through the pipeline together. The loss is their mean, and each micro-batch of a step counts the same."""
     image_micro_batch_size_per_gpu: PositiveInt | None = None
     """The same for buckets of one frame, pictures, which take less room than clips. Default: `micro_batch_size_per_gpu`."""
     max_tokens_per_micro_batch: PositiveInt | None = None
@@ -401,7 +401,8 @@ class RunConfig(Table):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: much less memory, about a third more time."""
     num_loader_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes of each rank that read cached samples ahead of training. 0: the rank reads them itself, when it needs them."""
+    """Processes of each rank on the first and the last stage that read encoded samples ahead of training, two micro-batches each.
+    0: the rank reads them itself, when it needs them."""
 
     save_every_n_steps: PositiveInt | None = None
     """Export the trained weights every so many steps. The end of the run always exports."""
@@ -531,7 +532,7 @@ class DirectoryConfig(Table):
     """A regularisation set: what the model knows already and should keep. An epoch shows as many of its samples as of all others
     together, other ones in the next epoch if there are more, and no trigger word is added to their captions."""
     loss_weight: Annotated[float, Field(gt=0)] = 1.0
-    """The loss of its samples is multiplied by this."""
+    """In training, the loss of its samples is multiplied by this."""
     control_path: FilePath | list[FilePath] | None = None
     """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
     mask_path: FilePath | None = None
