@@ -8,6 +8,7 @@ The run as a story: read the config, look at the data, encode it, build this ran
 import argparse
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig, seconds_in
 from utils.data.batch_sizes import BatchSizes
 from utils.data.batches import BatchLoader
-from utils.data.cache import DatasetCache
+from utils.data.cache import DatasetCache, broken_files
+from utils.data.masks import MaskEncoder, has_mask
 from utils.data.order import EpochOrder
 from utils.data.sources import Scan, scan
 from utils.data.values import Sample
 from utils.data.workers import WorkerPool
 from utils.errors import UserError, listed
+from utils.evaluation import EvalData
 from utils.metrics import MetricLog, setup_logging
 from utils.optim.kinds import averages
 from utils.optim.optimizers import RunOptimizer
@@ -55,7 +58,7 @@ from utils.saving import RunSaver
 from utils.schedule import Schedule, position
 from utils.topology import Topology, read_environment, replicas_for
 from utils.trained import Trained
-from utils.trainer import EvalData, Trainer
+from utils.trainer import Trainer
 from utils.watchdog import Watchdog
 
 log = logging.getLogger("flowstage")
@@ -93,9 +96,12 @@ def main() -> int:
         with Watchdog(topology, stopper, loaded.run.limits) as watch:
             run(loaded, args, topology, watch)
         topology.stop()
+        stopper.obeyed()
         return DONE
     except Stopped as stopped:
         log.info("stopped before the end: %s", stopped)
+        if stopped.exit_code == DONE:
+            stopper.obeyed()
         return stopped.exit_code
     except UserError as error:
         # Before the ranks have met, each of them finds the same; later most errors are one rank's own.
@@ -191,6 +197,9 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
     folder = open_run(config, args.resume, topology, lambda found: refuse_other_weights(found, record, everywhere))
     setup_logging(folder.log_file, topology.rank)
     watch.folder = folder.path
+    requests = Requests(folder.path)
+    if topology.is_main:
+        requests.watch(stopper)
     log.info("run %s: %d stage(s) x %d replica(s) on %s", folder.path, topology.stages, topology.replicas, topology.device.type)
     log.info("model: %s, %s; stage boundaries %s", family.variant, describe_weights(transformer), boundaries)
     rates = learning_rates(config)
@@ -205,11 +214,14 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
     cache = DatasetCache(config.cache_dir or config.output_dir / "cache")
     found = topology.from_main(lambda: scan_all(loaded, family, cache))
     samples = [sample for part in found.values() for sample in part.samples]
+    if any(map(has_mask, samples)):
+        encoders.append(MaskEncoder())
     watch.safe_point("encoding")
-    share = {"rank": topology.rank, "world_size": topology.world_size, "device": topology.device}
-    report = cache.build(samples, encoders, **share, stop=lambda: bool(stopper.asked()))
+    asked = {"on_bad_sample": "skip", "stop": lambda: bool(stopper.asked())}  # what is bad is judged below, by data set
+    report = cache.build(samples, encoders, device=topology.device, topology=topology, **asked)
     log.info("encoded data: %s", "; ".join(report.lines()))
     watch.safe_point("loading the weights")
+    found = without_unusable(found, report.unusable, loaded)
     if args.cache_only:
         return
 
@@ -275,7 +287,7 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
             CheckpointManager(folder.path, topology, Retention.of(config)),
             RunExporter(folder.exports, folder.path.name, topology, write_export),
             metrics,
-            Requests(folder.path),
+            requests,
         ),
         metrics=metrics,
         stopper=stopper,
@@ -298,11 +310,36 @@ def scan_all(loaded: LoadedConfig, family: ModelFamily, cache: DatasetCache) -> 
     for name, dataset in {"training": loaded.dataset, **loaded.eval_datasets}.items():
         memory = cache.folder / "files.json"
         seed = loaded.run.seed if name == "training" else None
-        found[name] = scan(
-            dataset, family.size_rules, hash_cache=memory, controls=family.controls, caption_seed=seed, stop=stopper.asked
-        )
+        rules = {"hash_cache": memory, "controls": family.controls, "caption_seed": seed}
+        try:
+            found[name] = scan(dataset, family.size_rules, **rules, stop=stopper.asked)
+        except Stopped:
+            raise Stopped.by(stopper.wishes()) from None
         log.info("%s data:\n%s", name, "\n".join(found[name].report.lines()))
     return found
+
+
+def without_unusable(found: dict[str, Scan], unusable: dict[Sample, str], loaded: LoadedConfig) -> dict[str, Scan]:
+    """The data sets without samples that could not be encoded.  UserError, the same on all ranks, where they are not skipped."""
+    datasets = {"training": loaded.dataset, **loaded.eval_datasets}
+    problems = {
+        unusable[sample]: None
+        for name, part in found.items()
+        if datasets[name].on_bad_sample == "stop"
+        for sample in part.samples
+        if sample in unusable
+    }
+    if problems:
+        raise broken_files(problems)
+    usable = {}
+    for name, part in found.items():
+        lost = [sample for sample in part.samples if sample in unusable] if unusable else []
+        for sample in lost:
+            log.warning("%s data: %s is left out: %s", name, sample.key, unusable[sample])
+        usable[name] = replace(part, samples=[sample for sample in part.samples if sample not in unusable]) if lost else part
+        if not usable[name].samples:
+            raise broken_files(dict.fromkeys(unusable[sample] for sample in lost))
+    return usable
 
 
 def epoch_order(config: RunConfig, family: ModelFamily, samples: list[Sample]) -> EpochOrder:

@@ -21,12 +21,12 @@ OWNERS = {
 
 # The parts of utils, lowest first: a part imports from its own line and the lines above.
 LEVELS = [
-    {"errors", "draw", "diffusion", "stopping"},
+    {"errors", "draw", "diffusion", "stopping", "words"},
     {"config"},
     {"runtime", "topology"},
     {"adapters", "checkpoints", "control", "data", "metrics", "optim", "pipeline"},
     {"watchdog"},
-    {"bad_steps", "convert", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
+    {"bad_steps", "convert", "evaluation", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 

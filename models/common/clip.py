@@ -4,6 +4,7 @@ Files have transformers' names: those of a diffusers folder and ComfyUI's ``clip
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from models.common.latent_encoders import FrozenEncoder
 from models.common.networks import Config, Names, Network, OpenedNetwork
 from models.common.text_encoders import Tokenize, TokenizerFile
 from utils.checkpoints.keymap import KeyMap, Rename, Rule
-from utils.data.encoders import EncodeItem
+from utils.data.encoders import EncodeItem, TokenLength
 from utils.errors import UserError
 
 TOKENS = 77
@@ -117,6 +118,8 @@ class ClipTextEncoder(FrozenEncoder):
 
     name = "clip"
     reads = "caption"
+    max_tokens = TOKENS
+    """The start and the end token among them."""
 
     def __init__(self, opened: OpenedNetwork, tokenizer: TokenizerFile, dtype: torch.dtype, pad: Literal["end", "zero"] = "end"):
         super().__init__(opened.source, opened.on_meta, dtype)
@@ -128,12 +131,15 @@ class ClipTextEncoder(FrozenEncoder):
         return {"config": self.config, "tokenizer": tokenizer, "pad": self.pad}
 
     def load(self, device: torch.device) -> None:
-        self._tokenize = self.tokenizer.load_for(self.config["vocab_size"], TOKENS)
+        self._tokenize = self.tokenizer.load_for(self.config["vocab_size"], self.max_tokens)
         super().load(device)
 
     def unload(self) -> None:
         self._tokenize = None
         super().unload()
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        return self.tokenizer.lengths(captions, self.config["vocab_size"], self.max_tokens)
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:

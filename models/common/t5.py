@@ -4,6 +4,7 @@ Files have transformers' names: those of a diffusers folder and ComfyUI's ``t5xx
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from models.common.latent_encoders import FrozenEncoder
 from models.common.networks import Config, Names, Network, OpenedNetwork
 from models.common.text_encoders import SPIECE_TENSOR, Tokenize, TokenizerFile
 from utils.checkpoints.keymap import KeyMap, Rename
-from utils.data.encoders import EncodeItem
+from utils.data.encoders import EncodeItem, TokenLength
 
 TIED = "encoder.embed_tokens.weight"
 """Another name of ``shared.weight``; files hold it or not."""
@@ -93,6 +94,9 @@ class T5TextEncoder(FrozenEncoder):
     def unload(self) -> None:
         self._tokenize = None
         super().unload()
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        return self.tokenizer.lengths(captions, self.config["vocab_size"], self.max_tokens)
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:

@@ -4,7 +4,7 @@ import html
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, Qwen2Tokenizer
 
 from utils.checkpoints.tensor_files import open_tensor_file
+from utils.data.encoders import TokenLength
 from utils.errors import UserError
 
 SPIECE_TENSOR = "spiece_model"
@@ -76,14 +77,14 @@ class TokenizerFile:
             'pip install "flowstage[sentencepiece]", or name a folder with a tokenizer.json with model.tokenizer_path'
         )
 
-    def load(self, max_tokens: int) -> Tokenize:
-        """The tokenizer, with the end token among the ``max_tokens``.  UserError if the file is damaged."""
+    def load(self, max_tokens: int | None) -> Tokenize:
+        """The tokenizer, with the end token among the ``max_tokens``; None: nothing is cut.  UserError if the file is damaged."""
         try:
             return LOADERS[self.kind](self.read(), max_tokens)
         except Exception as error:  # the libraries raise bare Exception and RuntimeError
             raise UserError(f"{self.path}: the tokenizer in it cannot be read ({error}); download it again") from error
 
-    def load_for(self, vocabulary: int, max_tokens: int) -> Tokenize:
+    def load_for(self, vocabulary: int, max_tokens: int | None) -> Tokenize:
         """:meth:`load`, and UserError if the tokenizer has more tokens than the text encoder knows."""
         tokenize = self.load(max_tokens)
         if tokenize.vocabulary > vocabulary:
@@ -92,6 +93,11 @@ class TokenizerFile:
                 "name the folder of the right tokenizer in [model] (see configs/README.md)"
             )
         return tokenize
+
+    def lengths(self, texts: Iterable[str], vocabulary: int, max_tokens: int) -> list[TokenLength]:
+        """How long each text is, before it is cut to ``max_tokens``.  UserError as of :meth:`load_for`."""
+        tokenize = self.load_for(vocabulary, None)
+        return [TokenLength(len(tokenize(text)), max_tokens) for text in texts]
 
 
 def find_tokenizer(path: Path, names: Mapping[str, str] = NAMES) -> TokenizerFile | None:
@@ -108,22 +114,26 @@ def tokenizer_inside(weights: Path) -> TokenizerFile | None:
     return None
 
 
-def _load_json(content: bytes, max_tokens: int) -> Tokenize:
+def _load_json(content: bytes, max_tokens: int | None) -> Tokenize:
     # The file is the whole tokenizer.  transformers' classes would rebuild parts of it, in several times the time.
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_tokens)
+    if max_tokens is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(max_tokens)
     return Tokenize(lambda text: tokenizer.encode(text).ids, tokenizer.get_vocab_size())
 
 
-def _load_spiece(content: bytes, max_tokens: int) -> Tokenize:
+def _load_spiece(content: bytes, max_tokens: int | None) -> Tokenize:
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_proto=content)
-    return Tokenize(lambda text: [*processor.encode(text)[: max_tokens - 1], processor.eos_id()], processor.vocab_size())
+    room = None if max_tokens is None else max_tokens - 1
+    return Tokenize(lambda text: [*processor.encode(text)[:room], processor.eos_id()], processor.vocab_size())
 
 
-def _load_clip(content: bytes, max_tokens: int) -> Tokenize:
+def _load_clip(content: bytes, max_tokens: int | None) -> Tokenize:
     vocabulary, merges = json.loads(content)
     # The first line is a comment with the version.
     pairs = [tuple(line.split()) for line in merges.strip().split("\n")[1:]]
@@ -131,7 +141,7 @@ def _load_clip(content: bytes, max_tokens: int) -> Tokenize:
     return _load_json(made.backend_tokenizer.to_str().encode(), max_tokens)
 
 
-def _load_qwen(content: bytes, max_tokens: int) -> Tokenize:
+def _load_qwen(content: bytes, max_tokens: int | None) -> Tokenize:
     vocabulary, merges = json.loads(content)
     pairs = [tuple(line.split(" ")) for line in merges.strip().split("\n") if not line.startswith("#version")]
     made = Qwen2Tokenizer(vocab=json.loads(vocabulary), merges=pairs)

@@ -4,9 +4,10 @@ The transformer reads all 512 positions without a mask, so the padding and its s
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor
@@ -29,14 +30,20 @@ FILES = (
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Both [1, 512] int64."""
+    """Both [1, 512] int64, or as long as the chat is."""
 
     ids: Tensor
     mask: Tensor
     """1 where a token is, 0 on padding; for the language model alone."""
 
 
-def _mistral(tokenizer: PreTrainedTokenizerBase, caption: str) -> TokenIds:
+CUT = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
+"""How the chats are tokenized for the language model."""
+WHOLE = {"truncation": True, "max_length": 1 << 30}
+"""How they are as long as they are, without transformers' warning that this is too long."""
+
+
+def _mistral(tokenizer: PreTrainedTokenizerBase, caption: str, cut: Mapping[str, Any] = CUT) -> TokenIds:
     """As diffusers' Flux2Pipeline: a system message, the caption without marks of pictures, no start of an answer."""
     chat = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_MESSAGE}]},
@@ -48,22 +55,20 @@ def _mistral(tokenizer: PreTrainedTokenizerBase, caption: str) -> TokenIds:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        padding="max_length",
-        truncation=True,
-        max_length=TOKENS,
+        **cut,
     )
     return TokenIds(encoded["input_ids"], encoded["attention_mask"])
 
 
-def _qwen3(tokenizer: PreTrainedTokenizerBase, caption: str) -> TokenIds:
+def _qwen3(tokenizer: PreTrainedTokenizerBase, caption: str, cut: Mapping[str, Any] = CUT) -> TokenIds:
     """As diffusers' Flux2KleinPipeline: the caption as the user's turn, then the start of an answer without thoughts."""
     chat = [{"role": "user", "content": caption}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    encoded = tokenizer(text, return_tensors="pt", padding="max_length", truncation=True, max_length=TOKENS)
+    encoded = tokenizer(text, return_tensors="pt", **cut)
     return TokenIds(encoded["input_ids"], encoded["attention_mask"])
 
 
-CHATS: dict[str, Callable[[PreTrainedTokenizerBase, str], TokenIds]] = {"mistral": _mistral, "qwen3": _qwen3}
+CHATS: dict[str, Callable[..., TokenIds]] = {"mistral": _mistral, "qwen3": _qwen3}
 """By the kind of the language model."""
 
 

@@ -6,6 +6,7 @@ batch norm: its latents are the targets of training, and the text is what infere
 Items are encoded one after the other, so that what is cached does not depend on what else was in the call.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from models.common.latent_encoders import FrozenEncoder, LatentEncoder
 from models.common.networks import OpenedNetwork, open_network
-from models.flux2.chat import CHATS, TOKENS, ChatTokenizer
+from models.flux2.chat import CHATS, TOKENS, WHOLE, ChatTokenizer
 from models.flux2.files import Flux2Files
 from models.flux2.networks import NETWORKS
 from models.flux2.sizes import HIDDEN_STATES
-from utils.data.encoders import ConditionEncoder, EncodeItem
+from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
 
 
 def flux2_encoders(files: Flux2Files, dtype: torch.dtype) -> list[ConditionEncoder]:
@@ -120,6 +121,10 @@ class Flux2TextEncoder(FrozenEncoder):
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         return [{"text": self._states(item.caption)} for item in items]
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        tokenizer, chat = self.tokenizer.load(self.config["vocab_size"]), CHATS[self.config["kind"]]
+        return [TokenLength(chat(tokenizer, caption, WHOLE).ids.shape[1], TOKENS) for caption in captions]
 
     def _states(self, caption: str) -> Tensor:
         kind = self.config["kind"]

@@ -9,6 +9,7 @@ diffusers' pipelines, which have it from the release.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from models.common.networks import OpenedNetwork, open_network
 from models.common.text_encoders import Tokenize, TokenizerFile
 from models.qwen_image.files import EDIT, EDIT_2511, EDIT_PLUS, IMAGE, QwenImageFiles
 from models.qwen_image.networks import NETWORKS
-from utils.data.encoders import ConditionEncoder, EncodeItem
+from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
 from utils.errors import UserError
 
 IMAGE_PAD = "<|image_pad|>"
@@ -52,6 +53,11 @@ class Prompt:
     """Whether each picture is announced before the caption; else the template has the place of the one picture."""
     area: int | None = None
     """Pixels that a control picture is scaled to before the text encoder sees it; None: it sees none."""
+
+    def text(self, caption: str, controls: int = 0) -> str:
+        """What the tokenizer reads of a caption with so many control pictures."""
+        announced = "".join(NUMBERED_PICTURE.format(index + 1) for index in range(controls)) if self.numbered else ""
+        return self.template.format(announced + caption)
 
 
 def prompt_of(variant: str) -> Prompt:
@@ -181,9 +187,14 @@ class QwenTextEncoder(FrozenEncoder):
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         return [{"text": self.states(item)} for item in items]
 
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        """The places of pictures count as one token each: only then is the text cut."""
+        texts = [self.prompt.text(caption, controls) for caption in captions]
+        return self.tokenizer.lengths(texts, self.config["text_config"]["vocab_size"], self.prompt.max_tokens)
+
     def states(self, item: EncodeItem) -> Tensor:
         """[T, 3584] of one item."""
-        return self._run(self._tokenize(self.prompt.template.format(item.caption)))
+        return self._run(self._tokenize(self.prompt.text(item.caption)))
 
     def _run(self, ids: list[int], **vision: Tensor) -> Tensor:
         rows = torch.tensor([ids], device=self.device)
@@ -213,8 +224,7 @@ class QwenEditTextEncoder(QwenTextEncoder):
 
     def states(self, item: EncodeItem) -> Tensor:
         pictures = [self.scaled(control) for control in controls_of(item, self.prompt)]
-        announced = "".join(NUMBERED_PICTURE.format(index + 1) for index in range(len(pictures))) if self.prompt.numbered else ""
-        ids = self._tokenize(self.prompt.template.format(announced + item.caption))
+        ids = self._tokenize(self.prompt.text(item.caption, len(pictures)))
         looks = self.processor(images=pictures, return_tensors="pt").to(self.device)
         counts = iter((looks["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist())
         pad = self.config["image_token_id"]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.common.clip import TOKENS
 from models.common.text_encoders import Tokenize, TokenizerFile
-from utils.data.encoders import ConditionEncoder, EncodeItem
+from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
 
 Pad = Literal["end", "zero"]
 """What the rest of a row is filled with: the end token, or token 0."""
@@ -38,6 +38,7 @@ class TokenEncoder(ConditionEncoder):
     def __init__(self, tokenizer: TokenizerFile, vocabulary: int, *, pads: Mapping[str, Pad], chunks: int):
         """``vocabulary``: how many tokens the text encoders know.  ``pads``: by tower what its rows are padded with."""
         self.tokenizer, self.vocabulary, self.pads, self.chunks = tokenizer, vocabulary, dict(pads), chunks
+        self.max_tokens = chunks * CHUNK + 2
         self._tokenize: Tokenize | None = None
 
     def fingerprint(self) -> str:
@@ -45,7 +46,7 @@ class TokenEncoder(ConditionEncoder):
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
     def load(self, device: torch.device) -> None:
-        self._tokenize = self.tokenizer.load_for(self.vocabulary, self.chunks * CHUNK + 2)
+        self._tokenize = self.tokenizer.load_for(self.vocabulary, self.max_tokens)
 
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         assert self._tokenize is not None, "clip_tokens is used before load()"
@@ -55,3 +56,6 @@ class TokenEncoder(ConditionEncoder):
 
     def unload(self) -> None:
         self._tokenize = None
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        return self.tokenizer.lengths(captions, self.vocabulary, self.max_tokens)

@@ -9,7 +9,8 @@ Items are encoded one after the other, so that what is cached does not depend on
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -22,12 +23,16 @@ from models.common.text_encoders import Tokenize, TokenizerFile, clean_caption
 from models.wan.files import WanFiles
 from models.wan.networks import NETWORKS
 from models.wan.variants import Condition
-from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.errors import UserError
+from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
 
 MAX_TOKENS = 512
-KNOWN_FRAMES: dict[Condition, tuple[int, ...]] = {"first": (0,), "first and last": (0, -1)}
-"""The frames of a clip that are shown."""
+KNOWN_FRAMES: dict[Condition | None, tuple[Literal["first", "last"], ...]] = {
+    None: (),
+    "first": ("first",),
+    "first and last": ("first", "last"),
+}
+"""The frames of a clip that are shown; a sample may have a picture in place of its clip's own."""
+PLACES = {"first": 0, "last": -1}
 
 
 def wan_encoders(files: WanFiles, dtype: torch.dtype, condition: Condition | None) -> list[ConditionEncoder]:
@@ -45,12 +50,18 @@ def wan_encoders(files: WanFiles, dtype: torch.dtype, condition: Condition | Non
     return encoders
 
 
+def shown_frame(item: EncodeItem, name: Literal["first", "last"]) -> Tensor:
+    """[3, H, W]: the picture that is given for this frame, or the clip's own."""
+    given = item.known_frames.get(name)
+    return item.pixels[:, PLACES[name]] if given is None else given[:, 0]
+
+
 class WanVaeEncoder(LatentEncoder):
     """Pixels to ``latents`` [C, f, h, w], fp32, normalised; for image to video also ``condition`` of the same shape.
 
     F = 4 k + 1 frames give f = k + 1.  The VAE of Wan 2.1 has C = 16 and divides height and width by 8, that of Wan 2.2 has C = 48
     and divides by 16.  The latents are the mode of the VAE's distribution.  The condition is the encoding of a clip whose first
-    frame, or first and last frame, is the real one and whose others are grey (0 in [-1, 1]).
+    frame, or first and last frame, is the real one, or the given picture, and whose others are grey (0 in [-1, 1]).
     """
 
     name = "vae"
@@ -58,7 +69,7 @@ class WanVaeEncoder(LatentEncoder):
 
     def __init__(self, opened: OpenedNetwork, dtype: torch.dtype, condition: Condition | None):
         super().__init__(opened.source, opened.on_meta, dtype)
-        self.condition = condition
+        self.condition, self.known_frames = condition, KNOWN_FRAMES[condition]
         self.config = dict(opened.on_meta().config)
         self.scale = ChannelScale(self.config["latents_mean"], self.config["latents_std"])
 
@@ -68,15 +79,16 @@ class WanVaeEncoder(LatentEncoder):
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
-        return [self._encode_item(item.pixels) for item in items]
+        return [self._encode_item(item) for item in items]
 
-    def _encode_item(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _encode_item(self, item: EncodeItem) -> dict[str, Tensor]:
+        pixels = item.pixels
         assert (pixels.shape[1] - 1) % 4 == 0, f"{pixels.shape[1]} frames are not 4 k + 1"
         fields = {"latents": self._latents(pixels)}
         if self.condition:
             known = torch.zeros_like(pixels)
-            for frame in KNOWN_FRAMES[self.condition]:
-                known[:, frame] = pixels[:, frame]
+            for name in self.known_frames:
+                known[:, PLACES[name]] = shown_frame(item, name)
             fields["condition"] = self._latents(known)
         return fields
 
@@ -109,12 +121,7 @@ class WanTextEncoder(FrozenEncoder):
         return {"config": self.config, "tokenizer": tokenizer, "max_tokens": MAX_TOKENS}
 
     def load(self, device: torch.device) -> None:
-        self._tokenize = self.tokenizer.load(MAX_TOKENS)
-        if self._tokenize.vocabulary > self.config["vocab_size"]:
-            raise UserError(
-                f"{self.tokenizer.path} has {self._tokenize.vocabulary} tokens, the text encoder knows "
-                f"{self.config['vocab_size']}: they do not belong together; name the tokenizer's folder with model.tokenizer_path"
-            )
+        self._tokenize = self.tokenizer.load_for(self.config["vocab_size"], MAX_TOKENS)
         super().load(device)
 
     def unload(self) -> None:
@@ -124,6 +131,9 @@ class WanTextEncoder(FrozenEncoder):
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         return [{"text": self._states(item.caption)} for item in items]
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        return self.tokenizer.lengths(map(clean_caption, captions), self.config["vocab_size"], MAX_TOKENS)
 
     def _states(self, caption: str) -> Tensor:
         ids = torch.tensor([self._tokenize(clean_caption(caption))], device=self.device)
@@ -142,7 +152,7 @@ class WanImageEncoder(FrozenEncoder):
 
     def __init__(self, opened: OpenedNetwork, processor: dict[str, Any], dtype: torch.dtype, condition: Condition):
         super().__init__(opened.source, opened.on_meta, dtype)
-        self.config, self.condition = opened.config, condition
+        self.config, self.condition, self.known_frames = opened.config, condition, KNOWN_FRAMES[condition]
         self.max_frames = 1 if condition == "first" else None
         self.processor = CLIPImageProcessorPil.from_dict(processor)
 
@@ -151,10 +161,7 @@ class WanImageEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
-        return [{"clip": self._item_states(item.pixels)} for item in items]
-
-    def _item_states(self, pixels: Tensor) -> Tensor:
-        return torch.cat([self._states(pixels[:, frame]) for frame in KNOWN_FRAMES[self.condition]])
+        return [{"clip": torch.cat([self._states(shown_frame(item, name)) for name in self.known_frames])} for item in items]
 
     def _states(self, frame: Tensor) -> Tensor:
         levels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

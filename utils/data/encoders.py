@@ -1,9 +1,9 @@
 """What a frozen network must offer so that its output can be cached.  The cache does not know which one is a VAE."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,20 @@ class EncodeItem:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TokenLength:
+    """How long a caption is for an encoder."""
+
+    tokens: int
+    """All that the encoder would be given: the caption's, and those of the template and of its ends."""
+    limit: int
+    """So many are read; what is behind them is cut off."""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.tokens > self.limit
+
+
 class ConditionEncoder(ABC):
     """A frozen network whose output is computed once and cached: a VAE, a text encoder, an image encoder."""
 
@@ -41,6 +55,8 @@ class ConditionEncoder(ABC):
     """What of a sample goes in, and so what its cache key is made of."""
     max_frames: int | None = None
     """Of a clip's pixels only so many frames, from the first on, are decoded for it; None: all of them."""
+    known_frames: tuple[Literal["first", "last"], ...] = ()
+    """The frames of a clip of which it takes given pictures instead, where a sample has such."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -54,6 +70,24 @@ class ConditionEncoder(ABC):
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         """Named CPU tensors for each item, without a batch dimension.  All pixels in one call have the same shape."""
 
+    def use_tiles(self, on: bool) -> bool:
+        """Work on parts of the pixels in turn, from now on or no longer: less memory, and values that differ a little.
+
+        Called between ``load`` and ``unload``.  False: it cannot.
+        """
+        return False
+
+    def about(self) -> dict[str, Any]:
+        """What the cache says of its outputs, for people: JSON values without paths."""
+        return {"encoder": self.name, "class": type(self).__name__}
+
     @abstractmethod
     def unload(self) -> None:
         """Give the memory back."""
+
+    def token_lengths(self, captions: Sequence[str], controls: int = 0) -> list[TokenLength]:
+        """How long each caption is, with ``controls`` control pictures beside it, by the tokenizer alone: no weights are read.
+
+        None for encoders that read no captions.  UserError if the tokenizer cannot be used.
+        """
+        return []

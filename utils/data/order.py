@@ -15,7 +15,7 @@ from math import lcm
 import torch
 
 from utils.data.batch_sizes import BatchSizes
-from utils.data.repeats import Turns
+from utils.data.turns import Turns
 from utils.data.values import Bucket, Sample
 from utils.draw import generator
 
@@ -177,7 +177,7 @@ class _Group:
 class EpochOrder:
     """Micro-batches of every epoch.
 
-    In an epoch each sample appears ``repeats`` times (see ``utils/data/repeats.py`` where that is no whole number), shuffled within
+    In an epoch each sample appears ``repeats`` times (see ``utils/data/turns.py`` where that is no whole number), shuffled within
     its bucket (samples with another number of control pictures count as another bucket); micro-batches of all buckets are
     shuffled among each other.  Nothing is dropped: what is missing from a bucket's last micro-batch, or from an epoch's last step,
     is filled with samples that the epoch shows once more.  Every appearance has another occurrence number and so draws other noise.

@@ -1,51 +1,44 @@
-"""How often samples appear in each epoch, where the number of repeats need not be whole.
+"""How often an epoch shows what: exact fractions, so that nothing is lost or gained over many epochs.
 
-Of ``n`` samples with ``r`` repeats, the one at place ``i`` has appeared ``floor(E r + i / n)`` times after ``E`` epochs: less than
-one time more or less than ``E r``.  All of them together have appeared ``floor(n E r)`` times (Hermite's identity), as exactly as
-whole numbers can be.  So with half a repeat each epoch shows half of the samples, and the next one the other half.
+An epoch can only show a sample a whole number of times.  A sample with 5/2 repeats is shown five times in two epochs; which of
+them has the third showing is the order's to say (``batches``).
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
-from math import gcd
 
-import torch
-
-from utils.draw import generator
+_SHARES = 10**6
+"""Shares by temperature are multiples of the largest one over this: a power has no exact value, and may differ in its last bit."""
 
 
-class Turns:
-    """The appearances of ``number`` samples, each ``repeats`` times an epoch on average, as whole numbers."""
+def factors(totals: Sequence[Fraction], is_reg: Sequence[bool], temperature: float | None) -> list[Fraction]:
+    """What the repeats of each directory's samples are multiplied by; ``totals``: the sums of their repeats.
 
-    def __init__(self, number: int, repeats: Fraction, seed: int, purpose: str):
-        self.number, self.repeats = number, Fraction(repeats)
-        self._seed, self._purpose = seed, purpose
-        self._places: list[int] | None = None
+    ``temperature``: the directories that are no regularisation sets divide the same epoch by ``total ** (1 / temperature)``.
+    The regularisation sets are together shown as often as all others.  A directory without samples has the factor 1.
+    """
+    trained = [total for total, reg in zip(totals, is_reg, strict=True) if not reg]
+    epoch, regularising = sum(trained, Fraction(0)), sum(totals, Fraction(0)) - sum(trained, Fraction(0))
+    shares = _shares(trained, temperature)
+    evened = iter([epoch * share / total if total else Fraction(1) for share, total in zip(shares, trained, strict=True)])
+    for_reg = epoch / regularising if regularising else Fraction(1)
+    return [for_reg if reg else next(evened) for reg in is_reg]
 
-    @property
-    def period(self) -> int:
-        """The total is the same again after so many epochs."""
-        return self.repeats.denominator // gcd(self.repeats.denominator, self.number)
 
-    def total(self, epoch: int) -> int:
-        """Appearances of all samples together in an epoch."""
-        return self._until(epoch + 1) - self._until(epoch)
+def _shares(totals: Sequence[Fraction], temperature: float | None) -> list[Fraction]:
+    """The part of the epoch that each directory has; they add up to exactly 1."""
+    weights = list(totals)
+    if temperature is not None and temperature != 1:
+        largest = max(totals, default=Fraction(0))
+        powers = [float(total / largest) ** (1 / temperature) if total else 0.0 for total in totals]
+        weights = [Fraction(max(1, round(power * _SHARES)) if power else 0) for power in powers]
+    whole = sum(weights, Fraction(0))
+    return [weight / whole for weight in weights] if whole else [Fraction(0)] * len(weights)
 
-    def _until(self, epochs: int) -> int:
-        return self.number * epochs * self.repeats.numerator // self.repeats.denominator
 
-    def next_shown(self, epoch: int) -> int:
-        """The first epoch from this one on that shows one of the samples."""
-        steps = self.number * self.repeats.numerator
-        return max(epoch, -(-(self._until(epoch) + 1) * self.repeats.denominator // steps) - 1)
-
-    def times(self, epoch: int) -> list[int]:
-        """Appearances of each sample in an epoch."""
-        whole, below = self.repeats.numerator, self.repeats.denominator
-        if below == 1:
-            return [whole] * self.number
-        if self._places is None:
-            order = generator(self._seed, self._purpose)
-            self._places = torch.randperm(self.number, generator=order).tolist()
-        before, after, all_of_one = self.number * epoch * whole, self.number * (epoch + 1) * whole, self.number * below
-        places = [place * below for place in self._places]
-        return [(after + place) // all_of_one - (before + place) // all_of_one for place in places]
+def as_fraction(number: float | int | str) -> Fraction:
+    """The fraction that a decimal number means as it is written: 0.1 is a tenth.  ValueError for what is no number above 0."""
+    repeats = Fraction(str(number))
+    if not 0 < repeats <= 10000:
+        raise ValueError(f"{number} is not above 0 and at most 10000")
+    return repeats

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.utils.data.orders import BUCKETS, REPEATS, RULES, orders, sample, shown_in
 from utils.data.batch_sizes import BatchSizes
 from utils.data.order import EpochOrder, MicroBatchPlan
-from utils.data.repeats import Turns
+from utils.data.turns import Turns
 from utils.data.values import Bucket
 
 
