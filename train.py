@@ -221,7 +221,7 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
     report = cache.build(samples, encoders, device=topology.device, topology=topology, **asked)
     log.info("encoded data: %s", "; ".join(report.lines()))
     watch.safe_point("loading the weights")
-    found = without_unusable(found, report.unusable, loaded)
+    found = without_unusable(found, report.unusable, loaded, topology)
     if args.cache_only:
         return
 
@@ -319,27 +319,28 @@ def scan_all(loaded: LoadedConfig, family: ModelFamily, cache: DatasetCache) -> 
     return found
 
 
-def without_unusable(found: dict[str, Scan], unusable: dict[Sample, str], loaded: LoadedConfig) -> dict[str, Scan]:
-    """The data sets without samples that could not be encoded.  UserError, the same on all ranks, where they are not skipped."""
+def without_unusable(
+    found: dict[str, Scan], unusable: dict[Sample, str], loaded: LoadedConfig, topology: Topology
+) -> dict[str, Scan]:
+    """The data sets without samples that could not be encoded.
+
+    Raises UserError, the same on all ranks, where they are not to be skipped, and if nothing is left of a data set.
+    """
+    if not unusable:
+        return found
     datasets = {"training": loaded.dataset, **loaded.eval_datasets}
-    problems = {
-        unusable[sample]: None
-        for name, part in found.items()
-        if datasets[name].on_bad_sample == "stop"
-        for sample in part.samples
-        if sample in unusable
-    }
-    if problems:
-        raise broken_files(problems)
-    usable = {}
-    for name, part in found.items():
-        lost = [sample for sample in part.samples if sample in unusable] if unusable else []
-        for sample in lost:
+    lost = {name: [sample for sample in part.samples if sample in unusable] for name, part in found.items()}
+    stopping = [sample for name, samples in lost.items() if datasets[name].on_bad_sample == "stop" for sample in samples]
+    if stopping:
+        raise broken_files(unusable[sample] for sample in stopping)
+    for name, samples in lost.items():
+        for sample in samples if topology.is_main else ():
             log.warning("%s data: %s is left out: %s", name, sample.key, unusable[sample])
-        usable[name] = replace(part, samples=[sample for sample in part.samples if sample not in unusable]) if lost else part
-        if not usable[name].samples:
-            raise broken_files(dict.fromkeys(unusable[sample] for sample in lost))
-    return usable
+        if len(samples) == len(found[name].samples):
+            raise broken_files((unusable[sample] for sample in samples), f"nothing is left of the {name} data; repair the files:")
+    return {
+        name: replace(part, samples=[sample for sample in part.samples if sample not in unusable]) for name, part in found.items()
+    }
 
 
 def epoch_order(config: RunConfig, family: ModelFamily, samples: list[Sample]) -> EpochOrder:

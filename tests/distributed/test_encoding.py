@@ -97,7 +97,8 @@ def damaged(clip: Path) -> None:
 def test_a_run_trains_without_what_cannot_be_encoded_only_if_it_is_told_to(workspace, tiny, copied_clips):
     clip = sorted(copied_clips.glob("*.mp4"))[0]
     damaged(clip)
-    config = workspace.config("skips", tiny("wan-t2v"), pipeline_stages=2, max_steps=1, gradient_accumulation_steps=2)
+    settings = {"pipeline_stages": 2, "max_steps": 1, "gradient_accumulation_steps": 2}
+    config = workspace.config("skips", tiny("wan-t2v"), **settings)
 
     def dataset(**keys) -> None:
         directory = {"path": str(copied_clips)}
@@ -113,3 +114,8 @@ def test_a_run_trains_without_what_cannot_be_encoded_only_if_it_is_told_to(works
     said = workspace.train(config, processes=2)
     assert f"training data: {copied_clips.name}/{clip.name}@48x48x5 is left out: {clip}: " in said
     assert "finished: 1 steps" in said
+    for file in copied_clips.iterdir():
+        if file.stem != clip.stem:
+            file.unlink()
+    said = workspace.train(workspace.config("nothing", tiny("wan-t2v"), **settings), processes=2, expect=USER_ERROR)
+    assert f"nothing is left of the training data; repair the files:\n  - {clip}: " in said

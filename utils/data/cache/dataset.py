@@ -109,7 +109,7 @@ class DatasetCache:
         if not team.all(broken is not None):
             return BuildReport(reports, complete=False)
         if broken and on_bad_sample == "stop":
-            raise broken_files(dict.fromkeys(map(str, broken)))
+            raise broken_files(map(str, broken))
         keys = {key: str(each) for each in broken for key in each.keys}
         if not self._wait_for_files(encoders, wanted, set(keys), stop, poll_seconds, late_seconds if team.size > 1 else 0.0):
             return BuildReport(reports, complete=False)
@@ -208,11 +208,12 @@ class DatasetCache:
             raise UserError(f"{place.shard} cannot be read any more ({error}); start again to encode what it held") from error
 
 
-def broken_files(problems: Iterable[str]) -> UserError:
-    """The error for files that could not be encoded; every rank has the same."""
-    error = UserError(
-        listed(sorted(problems), 'these files cannot be encoded; repair or remove them, or set on_bad_sample = "skip":')
-    )
+SKIP_THEM = 'these files cannot be encoded; repair or remove them, or set on_bad_sample = "skip":'
+
+
+def broken_files(problems: Iterable[str], heading: str = SKIP_THEM) -> UserError:
+    """The error for files that could not be encoded, each once; every rank has the same."""
+    error = UserError(listed(sorted(set(problems)), heading))
     error.everywhere = True
     return error
 
