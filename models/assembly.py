@@ -60,6 +60,12 @@ def build_layers(config: RunConfig, family: ModelFamily) -> tuple[nn.Module, lis
     return transformer, layers, boundaries, adapter
 
 
+def describe_weights(transformer: nn.Module) -> str:
+    total = sum(parameter.numel() for parameter in transformer.parameters())
+    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    return f"{total:.4g} weights, {trained:.4g} of them trained"
+
+
 def read_loras(
     config: RunConfig, family: ModelFamily, adapter: AdapterManager | None, transformer: nn.Module
 ) -> tuple[NamedWeights, dict[Path, AdapterFile]]:

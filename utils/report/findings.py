@@ -1,0 +1,181 @@
+"""What there is to say of a data set before training: facts, without their form."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
+
+from utils.data.batches import EpochOrder
+from utils.data.encoders import ConditionEncoder, TokenLength
+from utils.data.media import covering
+from utils.data.sources import DirectoryReport, Scan
+from utils.data.values import Bucket, Sample, SizeRules
+from utils.data.variants import alternatives
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of its file a sample shows, and how large."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom, each from 0 to 1 of the file's width or height as it is displayed."""
+    scale: float
+    """Length of its sides in the bucket over that in the file: above 1 the file is enlarged."""
+
+    @property
+    def cropped(self) -> float:
+        """The share of the file's pixels that is not seen, from 0 to 1."""
+        left, top, right, bottom = self.box
+        return 1 - (right - left) * (bottom - top)
+
+
+def cut_of(sample: Sample) -> Cut | None:
+    """None for a sample whose file's size is not known."""
+    if sample.original_size is None:
+        return None
+    width, height = sample.original_size
+    left, top, right, bottom = sample.framing.box or (0, 0, width, height)
+    target = (sample.bucket.width, sample.bucket.height)
+    cover = covering((right - left, bottom - top), target)
+    across, down = (right - left) / cover.width, (bottom - top) / cover.height
+    x, y = sample.framing.x * (cover.width - target[0]), sample.framing.y * (cover.height - target[1])
+    box = (left + x * across, top + y * down, left + (x + target[0]) * across, top + (y + target[1]) * down)
+    return Cut((box[0] / width, box[1] / height, box[2] / width, box[3] / height), max(1 / across, 1 / down))
+
+
+@dataclass(frozen=True)
+class BucketFindings:
+    """The samples of one bucket, and how an epoch shows them."""
+
+    bucket: Bucket
+    tokens: int
+    """Of a sample in the model, without text and control pictures."""
+    samples: Sequence[Sample]
+    in_epoch: Fraction
+    """Samples of an epoch, with their repeats; a mean over the epochs."""
+    batch_size: int | None = None
+    """None for data that are evaluated, one by one."""
+    batches: int | None = None
+    """Micro-batches of an epoch."""
+
+    @property
+    def again(self) -> Fraction:
+        """Samples that an epoch shows once more, to fill the last batch."""
+        return self.batches * self.batch_size - self.in_epoch if self.batches is not None else Fraction(0)
+
+
+@dataclass(frozen=True)
+class CaptionFindings:
+    """How long the captions are for one text encoder, or for several that count alike."""
+
+    encoders: tuple[str, ...]
+    lengths: dict[tuple[str, int], TokenLength]
+    """By caption and number of control pictures."""
+
+    @property
+    def limit(self) -> int:
+        return next(iter(self.lengths.values())).limit
+
+    @cached_property
+    def spread(self) -> tuple[int, float, int]:
+        """Tokens of the shortest, the median and the longest caption."""
+        tokens = [length.tokens for length in self.lengths.values()]
+        return min(tokens), statistics.median(tokens), max(tokens)
+
+    @cached_property
+    def num_cut(self) -> int:
+        return sum(length.is_cut for length in self.lengths.values())
+
+    def longest_of(self, sample: Sample) -> TokenLength:
+        return max((self.lengths[place] for place in captions_of(sample)), key=lambda length: length.tokens)
+
+
+@dataclass(frozen=True)
+class DataFindings:
+    """All of one data set: the training data, or held-out data."""
+
+    name: str
+    scan: Scan
+    buckets: list[BucketFindings]
+    captions: list[CaptionFindings]
+    notes: list[str] = field(default_factory=list)
+    """Sentences on the whole: how long an epoch is."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        return self.scan.samples
+
+    def trained(self, order: EpochOrder, micro_batches_per_step: int, told: str) -> "DataFindings":
+        """The same with the batches that an epoch makes of the samples; ``told``: how long the run is."""
+        size = order.micro_batch_size
+        buckets = [replace(part, batch_size=size, batches=-(-int(part.in_epoch) // size)) for part in self.buckets]
+        return replace(self, buckets=buckets, notes=[*order.report(micro_batches_per_step), told])
+
+    def samples_of(self, directory: DirectoryReport) -> list[Sample]:
+        return [sample for sample in self.samples if sample.key.startswith(f"{directory.name}/")]
+
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """By the samples' keys."""
+        return {sample.key: cut for sample in self.samples if (cut := cut_of(sample))}
+
+    @cached_property
+    def enlarged(self) -> list[tuple[Sample, float]]:
+        """Samples that are larger in their bucket than in their file, and how much, the worst first."""
+        found = [(sample, self.cuts[sample.key].scale) for sample in self.samples if sample.key in self.cuts]
+        return sorted(((sample, scale) for sample, scale in found if scale > ENLARGED), key=lambda entry: -entry[1])
+
+    @cached_property
+    def duplicates(self) -> list[list[str]]:
+        """Items whose files hold the same bytes, those of one content together."""
+        items: dict[str, dict[str, None]] = {}
+        for sample in self.samples:
+            items.setdefault(sample.content, {})[item_of(sample)] = None
+        return [list(names) for names in items.values() if len(names) > 1]
+
+
+ENLARGED = 1.005
+"""Sizes are whole pixels: less than this is rounding."""
+
+
+def item_of(sample: Sample) -> str:
+    """``<directory's name>/<file>``."""
+    return sample.key.rpartition("@")[0]
+
+
+def captions_of(sample: Sample) -> list[tuple[str, int]]:
+    """Every caption that may be shown with a sample, and its number of control pictures."""
+    return [(shown.caption, len(sample.controls)) for shown in alternatives(sample)]
+
+
+def findings_of(name: str, found: Scan, rules: SizeRules, encoders: Sequence[ConditionEncoder]) -> DataFindings:
+    """Facts of data that are evaluated one by one.  UserError if a tokenizer cannot be used."""
+    grouped: dict[Bucket, list[Sample]] = {}
+    for sample in found.samples:
+        grouped.setdefault(sample.bucket, []).append(sample)
+    buckets = [
+        BucketFindings(bucket, rules.tokens(bucket), samples, sum((sample.repeats for sample in samples), Fraction(0)))
+        for bucket, samples in sorted(grouped.items())
+    ]
+    return DataFindings(name, found, buckets, count_tokens(found.samples, encoders))
+
+
+def count_tokens(samples: Sequence[Sample], encoders: Sequence[ConditionEncoder]) -> list[CaptionFindings]:
+    """Each different caption is counted once by each encoder that reads captions."""
+    texts: dict[int, dict[str, None]] = {}
+    for sample in samples:
+        for caption, controls in captions_of(sample):
+            texts.setdefault(controls, {})[caption] = None
+    found: list[CaptionFindings] = []
+    for encoder in encoders:
+        lengths: dict[tuple[str, int], TokenLength] = {}
+        for controls, captions in texts.items():
+            counted = encoder.token_lengths(list(captions), controls)
+            lengths |= {(caption, controls): length for caption, length in zip(captions, counted, strict=False)}
+        alike = next((place for place, other in enumerate(found) if other.lengths == lengths), None)
+        if alike is not None:
+            found[alike] = CaptionFindings((*found[alike].encoders, encoder.name), lengths)
+        elif lengths:
+            found.append(CaptionFindings((encoder.name,), lengths))
+    return found
