@@ -33,6 +33,7 @@ from utils.data.batches import BatchLoader, EpochOrder
 from utils.data.cache import DatasetCache
 from utils.data.sources import Scan, scan
 from utils.errors import UserError, listed
+from utils.evaluation import EvalData
 from utils.metrics import MetricLog, setup_logging
 from utils.optim.kinds import averages
 from utils.optim.optimizers import RunOptimizer
@@ -48,7 +49,7 @@ from utils.saving import RunSaver
 from utils.schedule import Schedule, position
 from utils.topology import Topology, read_environment
 from utils.trained import Trained
-from utils.trainer import EvalData, Trainer
+from utils.trainer import Trainer
 from utils.watchdog import Watchdog
 
 log = logging.getLogger("flowstage")
@@ -106,9 +107,12 @@ def main() -> int:
         with Watchdog(topology, stopper, loaded.run.limits) as watch:
             run(loaded, args, topology, watch)
         topology.stop()
+        stopper.obeyed()
         return DONE
     except Stopped as stopped:
         log.info("stopped before the end: %s", stopped)
+        if stopped.exit_code == DONE:
+            stopper.obeyed()
         return stopped.exit_code
     except UserError as error:
         # Before the ranks have met, each of them finds the same; later most errors are one rank's own.
@@ -157,6 +161,9 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
     folder = open_run(config, args.resume, topology, lambda found: refuse_other_weights(found, record, everywhere))
     setup_logging(folder.log_file, topology.rank)
     watch.folder = folder.path
+    requests = Requests(folder.path)
+    if topology.is_main:
+        requests.watch(stopper)
     log.info("run %s: %d stage(s) x %d replica(s) on %s", folder.path, topology.stages, topology.replicas, topology.device.type)
     log.info("model: %s, %s; stage boundaries %s", family.variant, describe_weights(transformer), boundaries)
     rates = learning_rates(config)
@@ -241,7 +248,7 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
             CheckpointManager(folder.path, topology, Retention.of(config)),
             RunExporter(folder.exports, folder.path.name, topology, write_export),
             metrics,
-            Requests(folder.path),
+            requests,
         ),
         metrics=metrics,
         stopper=stopper,
@@ -263,9 +270,11 @@ def scan_all(loaded: LoadedConfig, family: ModelFamily, cache: DatasetCache) -> 
     for name, dataset in {"training": loaded.dataset, **loaded.eval_datasets}.items():
         memory = cache.folder / "files.json"
         seed = loaded.run.seed if name == "training" else None
-        found[name] = scan(
-            dataset, family.size_rules, hash_cache=memory, controls=family.controls, caption_seed=seed, stop=stopper.asked
-        )
+        rules = {"hash_cache": memory, "controls": family.controls, "caption_seed": seed}
+        try:
+            found[name] = scan(dataset, family.size_rules, **rules, stop=stopper.asked)
+        except Stopped:
+            raise Stopped.by(stopper.wishes()) from None
         log.info("%s data:\n%s", name, "\n".join(found[name].report.lines()))
     return found
 

@@ -26,7 +26,7 @@ LEVELS = [
     {"runtime", "topology"},
     {"adapters", "checkpoints", "control", "data", "metrics", "optim", "pipeline"},
     {"report", "watchdog"},
-    {"bad_steps", "convert", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
+    {"bad_steps", "convert", "evaluation", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 

@@ -2,7 +2,8 @@
 
 It is a star of TCP connections around rank 0, beside torch.distributed, in whose calls a rank may be stuck.  A process that dies
 loses its connection at once: its kernel closes it.  A machine or a cable that dies is noticed by TCP's keep-alive probes.  Those
-are answered by kernels, so a process that is busy or stopped is never taken for a dead one.
+are answered by kernels, so a process that is busy or stopped is never taken for a dead one; one that is stopped for long is noticed
+by the signs of life that it does not give (:data:`ALIVE`).
 """
 
 import json
@@ -22,6 +23,9 @@ from utils.topology import Topology
 CONNECT_SECONDS = 60.0
 # Silence is probed after 5 s, then every 3 s; four probes without an answer end the connection: 17 s.
 PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 17_000}
+
+ALIVE = "alive"
+"""The kind of message that tells that its sender lives: of each rank for rank 0, and of rank 0 for all.  It is not passed on."""
 
 Message = dict[str, Any]
 """JSON values; ``kind`` says what it is, ``rank`` who sent it."""
@@ -90,6 +94,11 @@ class ControlLine:
         self._peers[rank] = peer = _Peer(rank, connection)
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
+    @property
+    def connected(self) -> list[int]:
+        """The ranks at the other ends: all others for rank 0, and rank 0 for those."""
+        return sorted(self._peers)
+
     def send(self, kind: str, **values: Any) -> None:
         """To all other ranks; from any thread.  Those that are gone get nothing."""
         self._pass_on({"kind": kind, "rank": self.rank, **values})
@@ -124,9 +133,9 @@ class ControlLine:
                 continue
             *lines, peer.unread = (peer.unread + data).split(b"\n")
             for line in lines:
-                messages.append(json.loads(line))
-                if self.rank == 0:
-                    self._pass_on(messages[-1])
+                messages.append(message := json.loads(line))
+                if self.rank == 0 and message["kind"] != ALIVE:
+                    self._pass_on(message)
         return messages
 
     def wake(self) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints and exports of a running training: begun, reported when they have ended, and asked for by files."""
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class RunSaver:
-    """What a run leaves on the disk.  Rank 0 tells of it, in the log and the metrics, and looks after the files that ask for it."""
+    """What a run leaves on the disk.  Rank 0 tells of it, in the log and the metrics, and looks at the files that ask for it."""
 
     def __init__(
         self, topology: Topology, checkpoints: CheckpointManager, exporter: RunExporter, metrics: MetricLog, requests: Requests
@@ -29,6 +30,8 @@ class RunSaver:
         self.metrics, self.requests = metrics, requests
         self.longest_save = 0.0
         """Seconds that a checkpoint took at most, on rank 0."""
+        self.longest_export = 0.0
+        """Seconds, while training waited."""
 
     def wishes(self) -> Wishes:
         """What is asked for by files: rank 0 looks for all."""
@@ -43,18 +46,22 @@ class RunSaver:
         eval_losses: Mapping[str, float],
     ) -> None:
         """Begin one; it is written beside training.  As :meth:`CheckpointManager.save`."""
-        self.checkpoints.save(progress, groups, scalars, record, eval_losses)
+        begun = self.checkpoints.save(progress, groups, scalars, record, eval_losses)
         self.requests.begun("checkpoint", progress.step)
+        if not begun:
+            self.requests.done("checkpoint", progress.step)
         self.report()
 
     def export(self, name: str, trained: Trained, progress: Progress) -> None:
         """Write the trained weights for other programs, and their average beside them if there is one; collective."""
+        began = time.monotonic()
         self.requests.begun("export", progress.step)
         training = {"step": progress.step, "epoch": progress.epochs_begun, "samples": progress.samples}
         written = []
         for suffix in trained.export_suffixes():
             with trained.for_export(suffix) as weights:
                 written.append(self.exporter.export(name, weights, training, suffix))
+        self.longest_export = max(self.longest_export, time.monotonic() - began)
         self.metrics.event("export", {"step": progress.step, "name": name if all(written) else None})
         self.requests.done("export", progress.step)
 
@@ -89,7 +96,7 @@ class RunSaver:
         self.checkpoints.finish()
         self.report()
 
-    def stopped_by_request(self, step: int) -> None:
-        """The stop that a file asked for is about to happen, and all is saved."""
-        self.requests.begun("stop", step)
-        self.requests.done("stop", step)
+    def finished(self) -> None:
+        """The run is at its end, with everything on the disk."""
+        if self.topology.is_main:
+            self.requests.finished()

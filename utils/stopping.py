@@ -65,17 +65,25 @@ class Stopped(Exception):
         super().__init__(reason)
         self.exit_code = exit_code
 
+    @classmethod
+    def by(cls, agreed: Wishes) -> "Stopped":
+        """What the ranks agreed on ends the run.  A signal goes before a file: the next start sees the file again."""
+        return cls(agreed.ends, RUN_AGAIN if agreed.stop else DONE)
+
 
 class Stopper:
-    """This process's wish to stop: from a signal, from the time limit, or because another rank told of one."""
+    """This process's wish to end: from a signal, the time limit or a file, or because another rank told of one.
+
+    A wish is ``stop`` or ``finish``, as :class:`Wishes` has them.
+    """
 
     def __init__(self) -> None:
-        self.tell: Callable[[str], None] = lambda reason: None
-        """Called, in the thread that receives signals, when this process is asked to stop: to tell the other ranks."""
-        self.place = ""
-        """Added to this process's own reasons, for the others: `` on rank 3``."""
         self.margin = LEAST_MARGIN_SECONDS
-        self._own, self._heard = "", ""
+        self._tell: Callable[[str, str], None] = lambda wish, reason: None
+        self._place = ""
+        self._own: dict[str, str] = {}
+        self._heard: dict[str, str] = {}
+        self._obeyed: list[Callable[[], None]] = []
         self._end: float | None = None
 
     def listen(self) -> None:
@@ -114,23 +122,46 @@ class Stopper:
         """Ending takes so long, as far as was seen: the longest step and the longest save."""
         self.margin = max(LEAST_MARGIN_SECONDS, seconds)
 
-    def ask(self, reason: str) -> None:
-        """Ask for the stop; the first reason stays."""
-        if self._own:
+    def connect(self, tell: Callable[[str, str], None], place: str) -> None:
+        """``tell(wish, reason)`` tells the other ranks, at once of what this one was asked before; any thread may call it.
+
+        ``place`` is added to this process's own reasons, for the others: `` on rank 3``.
+        """
+        self._tell, self._place = tell, place
+        for wish in list(self._own):
+            tell(wish, self._reason(wish))
+
+    def ask(self, reason: str, wish: str = "stop", obeyed: Callable[[], None] | None = None) -> None:
+        """Ask for the end; the first reason stays.  ``obeyed``: to be called when the run has ended for it, with all saved."""
+        if wish in self._own:
             return
-        self._own = reason
+        self._own[wish] = reason
+        if obeyed:
+            self._obeyed.append(obeyed)
         log.info("%s: the run stops as soon as it can", reason)
-        self.tell(reason + self.place)
+        self._tell(wish, self._reason(wish))
 
-    def hear(self, reason: str) -> None:
-        """Another rank was asked to stop."""
-        self._heard = self._heard or reason
+    def _reason(self, wish: str) -> str:
+        return self._own[wish] + self._place
 
-    def asked(self) -> str:
-        """Why to stop, or nothing.  Cheap: it may be called for every item."""
+    def hear(self, wish: str, reason: str) -> None:
+        """Another rank was asked."""
+        self._heard.setdefault(wish, reason)
+
+    def wishes(self) -> Wishes:
+        """Whether and why to end.  Cheap: it may be called for every item."""
         if not self._own and self._end is not None and time.monotonic() >= self._end - self.margin:
             self.ask(f"the time limit of {self._limit:.0f} s is {self.margin:.0f} s away")
-        return self._own + self.place if self._own else self._heard
+        return Wishes(**{**self._heard, **{wish: self._reason(wish) for wish in list(self._own)}})
+
+    def asked(self) -> str:
+        """Why to end, or nothing."""
+        return self.wishes().ends
+
+    def obeyed(self) -> None:
+        """The run has come to an end that is not to be followed by another start."""
+        for call in self._obeyed:
+            call()
 
 
 def leave(code: int, *, at_once: bool = False) -> None:

@@ -1,11 +1,10 @@
-"""The training loop: steps, evaluation, and when to save what."""
+"""The training loop: steps, and when to evaluate and save what."""
 
-import itertools
 import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from utils.bad_steps import BadSteps
 from utils.checkpoints.checkpoint import Checkpoint, Progress
 from utils.config.schema import RunConfig
 from utils.data.batches import BatchLoader, EpochOrder, MicroBatchPlan
-from utils.data.values import Batch, MicroBatch, Sample
+from utils.data.values import Batch, MicroBatch
 from utils.draw import Draw
+from utils.evaluation import EvalData, Evaluation
 from utils.metrics import MetricLog
 from utils.optim.rates import LearningRates
 from utils.optim.schedules import learning_rate_factor
@@ -23,7 +23,7 @@ from utils.pipeline.engine import StageEngine
 from utils.resume import report_resume
 from utils.saving import RunSaver
 from utils.schedule import Schedule, data_fingerprint
-from utils.stopping import DONE, RUN_AGAIN, Stopped, Stopper, Wishes
+from utils.stopping import Stopped, Stopper, Wishes
 from utils.topology import Topology
 from utils.trained import Trained
 from utils.watchdog import Watchdog
@@ -32,20 +32,8 @@ log = logging.getLogger(__name__)
 
 # So many samples of refused steps are named in the error that ends the run; the others are in the log.
 NAMED_SAMPLES = 12
-# Evaluation has an epoch of its own, so that its noise is the same whenever it is run.
-EVALUATION_EPOCH = -1
-# Held-out micro-batches between two looks at whether to stop, for each stage: the pipeline runs empty there.
-EVAL_CHUNK = 8
 # What writing a checkpoint is thought to do before one was measured.
 UNMEASURED_BYTES_PER_SECOND = 2e8
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """One held-out dataset, encoded."""
-
-    samples: list[Sample]
-    loader: BatchLoader
 
 
 class Trainer:
@@ -72,8 +60,10 @@ class Trainer:
         checkpoint: Checkpoint | None,
     ):
         self.config, self.topology, self.engine, self.trained, self.rates = config, topology, engine, trained, rates
-        self.order, self.loader, self.eval_data, self.prepare = order, loader, eval_data, prepare
+        self.order, self.loader, self.prepare = order, loader, prepare
         self.saver, self.metrics, self.stopper, self.watch = saver, metrics, stopper, watch
+        held_out = {"timesteps": config.eval_timesteps, "seed": config.seed}
+        self.evaluation = Evaluation(topology, engine, trained, eval_data, prepare, metrics, **held_out)
         self.agreed = Wishes()
         """What the ranks asked for at their last exchange."""
         self.record = {**record, "seed": config.seed, "data": data_fingerprint(order)}
@@ -81,8 +71,6 @@ class Trainer:
         self.micro_batches_per_step, self.samples_per_step = self.schedule.batch.micro_batches, self.schedule.batch.samples
         self.bad_steps = BadSteps(config.max_bad_steps)
         self._last_checkpoint_time = time.monotonic()
-        self._evaluated_at: int | None = None
-        self._eval_losses: dict[str, float] = {}
         if checkpoint is not None:
             self.saver.checkpoints.resumed_from(checkpoint)
             if topology.is_main:
@@ -92,13 +80,17 @@ class Trainer:
 
     def train(self) -> Progress:
         """Train to the end of the schedule; returns the final progress.  Raises Stopped if the ranks agreed to end before."""
+        self._agree(None)  # what was asked for during the start
         if self.progress.unfinished:
             log.info("the run was stopped before this was done: %s", ", ".join(self.progress.unfinished))
             self._finish_step()
         if self.progress.step >= self.schedule.total_steps:
             log.info("the run is finished: %d of %d steps are done", self.progress.step, self.schedule.total_steps)
+            self.saver.finished()
             return self.progress
-        if self.config.eval_before_first_step and self.progress.step == 0 and not self.evaluate():
+        if self.config.eval_before_first_step and self.progress.step == 0 and not self.agreed.ends:
+            self.evaluate()
+        if self.agreed.ends:
             self._stop()  # there is nothing to save yet
         batches = self._training_batches()
         while self.progress.step < self.schedule.total_steps:
@@ -107,22 +99,23 @@ class Trainer:
             if self.bad_steps.are_too_many:
                 # Behind the refused samples: from before them the run would come to the same place again.
                 self.save_checkpoint()
-                self.saver.finish()
+                self._finish_saving()
                 raise self.bad_steps.error(self.progress.step)
             self._save_and_evaluate()
             self.saver.report()
-        self.saver.finish()
+        self._finish_saving()
+        self.saver.finished()
         return self.progress
 
     def _wishes(self) -> Wishes:
         """What this rank asks for at this moment."""
-        # Until the next look at the clock a step goes by, and a save that may have to wait for the one before.
-        self.stopper.needs(self.watch.longest_step + 2 * self._longest_save())
+        # Until the next look at the clock a step or an export goes by, and a save that may have to wait for the one before.
+        self.stopper.needs(max(self.watch.longest_step, self.saver.longest_export) + 2 * self._longest_save())
         minutes = self.config.checkpoint_every_n_minutes
         over = minutes is not None and time.monotonic() - self._last_checkpoint_time >= 60 * minutes
         # Clocks differ between ranks: rank 0's decides.
         checkpoint = "checkpoint_every_n_minutes" if over and self.topology.is_main else ""
-        return Wishes.of_all([Wishes(stop=self.stopper.asked(), checkpoint=checkpoint), self.saver.wishes()])
+        return Wishes.of_all([self.stopper.wishes(), Wishes(checkpoint=checkpoint), self.saver.wishes()])
 
     def _longest_save(self) -> float:
         """Seconds, as measured on rank 0; before that, as guessed from the usual most: weights, master weights, two values each."""
@@ -131,11 +124,8 @@ class Trainer:
 
     def _stop(self) -> None:
         """Raise Stopped, with all that is done on the disk."""
-        self.saver.finish()
-        if self.agreed.stop:
-            raise Stopped(self.agreed.stop, RUN_AGAIN)
-        self.saver.stopped_by_request(self.progress.step)
-        raise Stopped(self.agreed.finish, DONE)
+        self._finish_saving()
+        raise Stopped.by(self.agreed)
 
     def _step(self, batches: Iterator[MicroBatch]) -> None:
         started = time.perf_counter()
@@ -187,10 +177,10 @@ class Trainer:
         if last or self.agreed.export or self._due(config.save_every_n_steps, config.save_every_n_epochs):
             work.append("export")
         self.progress = replace(self.progress, unfinished=work)
-        wanted = self.agreed.checkpoint or self._due(config.checkpoint_every_n_steps, config.checkpoint_every_n_epochs)
+        wanted = last or self.agreed.checkpoint or self._due(config.checkpoint_every_n_steps, config.checkpoint_every_n_epochs)
         wanted = wanted or (config.keep_best and "evaluation" in work)
         self._finish_step()
-        if last or wanted:
+        if wanted or self.agreed.checkpoint:  # it may have been asked for meanwhile
             self.save_checkpoint()
 
     def _due(self, every_steps: int | None, every_epochs: int | None) -> bool:
@@ -205,10 +195,13 @@ class Trainer:
 
     def _finish_step(self) -> None:
         """Do what is due.  If the ranks agree to end, save with the rest of it still to be done, and raise Stopped."""
-        for name in self.progress.unfinished:
-            if self.agreed.ends or not {"evaluation": self.evaluate, "export": self._export_step}[name]():
+        while self.progress.unfinished and not self.agreed.ends:
+            name, *rest = self.progress.unfinished
+            if not {"evaluation": self.evaluate, "export": self._export_step}[name]():
                 break
-            self.progress = replace(self.progress, unfinished=self.progress.unfinished[1:])
+            if self.agreed.export and name != "export" and "export" not in rest:
+                rest.append("export")  # it was asked for meanwhile
+            self.progress = replace(self.progress, unfinished=rest)
         if self.agreed.ends:
             self.save_checkpoint()
             self._stop()
@@ -216,8 +209,15 @@ class Trainer:
     def _export_step(self) -> bool:
         config, epoch = self.config, self._epoch_that_ended
         by_epoch = config.save_every_n_steps is None and config.save_every_n_epochs is not None and epoch is not None
+        self.watch.phase = f"the export at step {self.progress.step}"
         self.saver.export(f"epoch-{epoch:04d}" if by_epoch else f"step-{self.progress.step:08d}", self.trained, self.progress)
+        self._agree(None)  # it may have taken long
         return True
+
+    def evaluate(self) -> bool:
+        """False, and nothing reported, if the ranks agreed to end before it was done."""
+        self.watch.phase = f"the evaluation at step {self.progress.step}"
+        return self.evaluation.measure(self.progress.step, self._agree)
 
     # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -246,69 +246,30 @@ class Trainer:
 
         return self.loader.prepared(work(), self.prepare)
 
-    # ── evaluation ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def evaluate(self) -> bool:
-        """Held-out loss: every sample with its fixed noise, at fixed quantiles of the timestep distribution.
-
-        False, and nothing reported, if the ranks agreed to end before it was done.
-        """
-        measured: dict[str, dict[float, float]] = {}
-        for name, data in self.eval_data.items():
-            with self.trained.for_evaluation():
-                for place in self.config.eval_timesteps:
-                    self.watch.phase = f"the evaluation at step {self.progress.step}"
-                    if (loss := self._eval_loss(data, place)) is None:
-                        return False
-                    measured.setdefault(name, {})[place] = loss
-        for name, losses in measured.items():
-            values: dict[str, Any] = {f"loss_at_{place:g}": loss for place, loss in losses.items()}
-            mean = sum(losses.values()) / len(losses)
-            log.info("eval %s: loss %.5f at step %d", name, mean, self.progress.step)
-            self.metrics.event("eval", {"step": self.progress.step, "dataset": name, "loss": mean, **values})
-            self._eval_losses[name] = mean
-        self._evaluated_at = self.progress.step
-        return True
-
-    def _eval_loss(self, data: EvalData, place: float) -> float | None:
-        """None if the ranks agreed to end before it was measured."""
-        topology = self.topology
-        # One sample each, so that sizes need not fit; replicas that have one less repeat their last, which is not counted.
-        plans = [MicroBatchPlan.single(index, sample.key) for index, sample in enumerate(data.samples)]
-        mine = plans[topology.replica :: topology.replicas]
-        count = -(-len(plans) // topology.replicas)
-        padded = mine + (mine or plans)[-1:] * (count - len(mine))
-        draw = Draw(self.config.seed, EVALUATION_EPOCH, fixed_time=place)
-        reads = topology.stage in (0, topology.stages - 1)
-        batches = data.loader.prepared(((plan, draw) for plan in padded), self.prepare) if reads else iter(())
-        losses: list[float] = []
-        everywhere: list[float] = []
-        for first in range(0, count, EVAL_CHUNK * topology.stages):
-            chunk = min(EVAL_CHUNK * topology.stages, count - first)
-            losses += self.engine.evaluate(batches, chunk) or []
-            counted = losses[first : len(mine)]
-            reports = topology.gather((counted, self._wishes()))
-            everywhere += itertools.chain.from_iterable(part for part, _ in reports)
-            self.agreed = Wishes.of_all(wishes for _, wishes in reports)
-            if self.agreed.ends:
-                return None
-        return sum(sorted(everywhere)) / len(everywhere)
-
     # ── saving ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save_checkpoint(self) -> None:
         """Begin a checkpoint of the present state; it is written beside training."""
-        eval_losses = self._eval_losses if self._evaluated_at == self.progress.step else {}
-        self.saver.checkpoint(self.progress, *self.trained.state(), self.record, eval_losses)
+        self.watch.phase = f"the checkpoint at step {self.progress.step}"
+        self.saver.checkpoint(self.progress, *self.trained.state(), self.record, self.evaluation.losses_at(self.progress.step))
         self._last_checkpoint_time = time.monotonic()
 
+    def _finish_saving(self) -> None:
+        """Wait until what was begun is on the disk."""
+        self.watch.phase = f"the writing of what was saved at step {self.progress.step}"
+        self.saver.finish()
+
+    def _agree(self, value: Any) -> tuple[list[Any], bool]:
+        """The one message of all ranks to all: their wishes, and a value.  The value of each, and whether they agreed to end."""
+        reports = self.topology.gather((value, self._wishes()))
+        self.agreed = Wishes.of_all(wishes for _, wishes in reports)
+        return [value for value, _ in reports], bool(self.agreed.ends)
+
     def _exchange(self) -> list[float]:
-        """The one message of all ranks to all after a step: their wishes, and what is returned: the peak memory of each so far, in
-        GB: the GPU's, or without one the process's."""
+        """What all ask for after a step; and, returned, the peak memory of each rank so far, in GB: the GPU's, or without one the
+        process's."""
         if self.topology.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.topology.device) / 1e9
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        reports = self.topology.gather((round(peak, 3), self._wishes()))
-        self.agreed = Wishes.of_all(wishes for _, wishes in reports)
-        return [memory for memory, _ in reports]
+        return self._agree(round(peak, 3))[0]

@@ -1,6 +1,10 @@
-"""Ends this process when the run cannot go on because of another one, and when a step hangs; says why in the last line of the log.
+"""Ends this process when the run cannot go on because of another one, and when it hangs; says why in the last line of the log.
 
 A rank whose neighbour is gone sits in a collective that never returns.  So a thread does the watching and, in the end, the leaving.
+
+Two things are taken for a hang: a step that takes far longer than the ones before, and, at any place, a process that gives no sign
+of life for long: one that is stopped, or whose machine is frozen or swaps.  What takes long outside of a step is waited for: nobody
+knows how long a data set takes to encode.
 """
 
 import faulthandler
@@ -12,12 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from utils.config.schema import LimitsConfig, seconds_in
-from utils.control import ControlLine, Message
+from utils.control import ALIVE, ControlLine, Message
 from utils.errors import UserError
 from utils.stopping import FAILED, USER_ERROR, Stopped, Stopper, Wishes, leave
 from utils.topology import Topology
@@ -27,10 +32,27 @@ log = logging.getLogger(__name__)
 UNMEASURED_STEPS = 3
 """Steps of a start that are not measured: they compile, connect and fill caches."""
 HANG_FACTOR, LEAST_HANG_SECONDS = 10, 600.0
+ALIVE_SECONDS = 5.0
+"""Between two signs of life of a rank."""
+LEAST_SILENCE_SECONDS = 20.0
+"""Silence that is no hang whatever ``hang_timeout`` says.  A Python thread gives the signs, and native code that loads a library or
+starts a device may keep all of those waiting for seconds."""
+NAMED_RANKS = 8
 NEWS_SECONDS = 3.0
 """How long a rank that fails waits for the news that it fails on account of another."""
+NOTICE_SECONDS = 600.0
+"""After so long rank 0 says whom it waits for at a safe point."""
 ANSWER_SECONDS = 5.0
 """How long the ranks may take to write their stacks."""
+
+
+@dataclass
+class _Sign:
+    """The last sign of life of a rank."""
+
+    phase: str = "start-up"
+    silence: float = 0.0
+    """Seconds since then, as far as this process was awake itself."""
 
 
 class Watchdog:
@@ -49,23 +71,27 @@ class Watchdog:
         self._steps = 0
         self._seconds: deque[float] = deque(maxlen=20)
         self._deadline: float | None = None
+        self._waits_since: float | None = None
+        self._noticed = 0.0
         self._hang = ""
+        self._silent: int | None = None
+        """The rank whose silence is the hang."""
         self._answered: set[int] = set()
         self._closing = False
         self._handlers = {
-            "stop": lambda message: stopper.hear(message["reason"]),
+            ALIVE: lambda message: self._signs.update({message["rank"]: _Sign(message["phase"])}),
+            "stop": lambda message: stopper.hear(message["wish"], message["reason"]),
             "gone": lambda message: self._end(message["text"], message["code"], message["rank"]),
-            "bye": lambda message: self._departed.add(message["rank"]),
+            "bye": self._departs,
             "lost": self._lost,
             "hung": lambda message: self._hangs(message["text"]),
             "stacks": lambda message: self._answered.add(message["rank"]),
         }
         self._departed: set[int] = set()
         self.line = ControlLine(topology)
-        stopper.place = f" on rank {topology.rank}" if topology.world_size > 1 else ""
-        stopper.tell = lambda reason: self.line.send("stop", reason=reason)
-        if reason := stopper.asked():  # before there was a line
-            stopper.tell(reason)
+        self._signs = {rank: _Sign() for rank in self.line.connected}
+        place = f" on rank {topology.rank}" if topology.world_size > 1 else ""
+        stopper.connect(lambda wish, reason: self.line.send("stop", wish=wish, reason=reason), place)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -91,16 +117,18 @@ class Watchdog:
             text = f"{self.describe(self.topology.rank)} failed during {self.phase}: {what}"
             self.line.send("gone", text=text, code=USER_ERROR if by_user else FAILED)
             time.sleep(0.5)  # what is sent should arrive before the connection ends
-        self.stopper.tell = lambda reason: None
+        self.stopper.connect(lambda wish, reason: None, "")
         self.line.wake()
         self._thread.join()
         self.line.close()
 
     def safe_point(self, phase: str) -> None:
         """Collective: raises Stopped on all ranks if one was asked to stop; else the run goes on to ``phase``."""
-        agreed = Wishes.of_all(self.topology.gather(Wishes(stop=self.stopper.asked())))
-        if agreed.stop:
-            raise Stopped(agreed.stop)
+        self.phase, self._waits_since = f"the wait after {self.phase}", time.monotonic()
+        agreed = Wishes.of_all(self.topology.gather(self.stopper.wishes()))
+        self._waits_since = None
+        if agreed.ends:
+            raise Stopped.by(agreed)
         self.phase = phase
 
     @contextmanager
@@ -135,24 +163,71 @@ class Watchdog:
             return None
         return self._timeout or max(LEAST_HANG_SECONDS, HANG_FACTOR * statistics.median(self._seconds))
 
+    @property
+    def silence_limit(self) -> float:
+        """Seconds without a sign of life after which a rank is taken for hung, wherever it is."""
+        return max(LEAST_SILENCE_SECONDS, self._timeout or LEAST_HANG_SECONDS)
+
     def describe(self, rank: int) -> str:
         return f"rank {rank} (stage {rank // self.topology.replicas}, host {self.line.hosts[rank]})"
 
     # ── what the thread does ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _watch(self) -> None:
+        looked = told = time.monotonic()
+        told_phase = ""
         while not self._closing:
             for message in self.line.receive(timeout=1.0):
                 if not self._closing:
                     self._handlers[message["kind"]](message)
+            now = time.monotonic()
+            if now - told >= ALIVE_SECONDS or self.phase != told_phase:
+                told, told_phase = now, self.phase
+                self.line.send(ALIVE, phase=told_phase)
+            # Not the time in which this process was stopped itself, as all are when a job is suspended and goes on.
+            self._listen(min(now - looked, ALIVE_SECONDS))
+            looked = now
+            self._notice(now)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 usual = statistics.median(self._seconds)
                 self._hangs(f"{self.phase} takes more than {self.limit:.0f} s; recent ones took {usual:.1f} s")
             if self._hang:
                 self._end_hang()
 
+    def _listen(self, seconds: float) -> None:
+        """So much time has gone by in which a rank might have given a sign."""
+        for rank, sign in self._signs.items():
+            sign.silence += seconds
+            if sign.silence > self.silence_limit and not self._hang and not self._closing:
+                self._silent = rank
+                self._hangs(
+                    f"{self.describe(rank)} has given no sign of life for {self.silence_limit:.0f} s, during {sign.phase}: "
+                    "its process is stopped, or its machine is frozen or swaps"
+                )
+
+    def _notice(self, now: float) -> None:
+        """Say whom rank 0 has been waiting for."""
+        since = self._waits_since
+        if since is not None and now - max(since, self._noticed) > NOTICE_SECONDS:
+            self._noticed = now
+            log.warning(
+                "%.0f minutes of waiting: %s",
+                (now - since) / 60,
+                ", ".join(self._elsewhere()[:NAMED_RANKS]) or "all ranks are there",
+            )
+
+    def _elsewhere(self) -> list[str]:
+        """The connected ranks that are not where this one is, with their places."""
+        others = {rank: sign.phase for rank, sign in self._signs.items() if sign.phase != self.phase and rank != self._silent}
+        return [f"{self.describe(rank)} is at {phase}" for rank, phase in others.items()]
+
+    def _departs(self, message: Message) -> None:
+        self._departed.add(message["rank"])
+        self._signs.pop(message["rank"], None)
+
     def _lost(self, message: Message) -> None:
         rank = message["rank"]
+        self._signs.pop(rank, None)
         if self._hang:
             if rank == 0:
                 self._end("", FAILED, 0)  # rank 0 has told it all
@@ -165,22 +240,30 @@ class Watchdog:
         if self._hang:
             return
         self._hang, self._hang_noticed = text, time.monotonic()
-        if self.folder is not None:
-            with (self.folder / f"stacks-rank-{self.topology.rank}.txt").open("a") as file:
-                file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.describe(self.topology.rank)}: {text}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        threading.Timer(4 * ANSWER_SECONDS, os._exit, (FAILED,)).start()  # should the disk be what hangs
+        self._write_stacks(text)
         self._answered.add(self.topology.rank)
         self.line.send("hung", text=text)
         self.line.send("stacks")
+
+    def _write_stacks(self, text: str) -> None:
+        if self.folder is None:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            return
+        with suppress(OSError), (self.folder / f"stacks-rank-{self.topology.rank}.txt").open("a") as file:
+            file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {self.describe(self.topology.rank)}: {text}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _end_hang(self) -> None:
         """Leave when every rank has written its stacks, or has had its time; the others leave after rank 0, which tells of it."""
         waited = time.monotonic() - self._hang_noticed
         missing = sorted(set(range(self.topology.world_size)) - self._answered)
         if waited > (ANSWER_SECONDS if self.topology.is_main else 2 * ANSWER_SECONDS) or (not missing and self.topology.is_main):
-            silent = f"; no answer from {', '.join(map(self.describe, missing))}" if missing else ""
-            text = f"the run hangs: {self._hang}; the stacks of its ranks are in {self.folder}{silent}"
+            unnamed = [rank for rank in missing if rank != self._silent]
+            found = [f"no answer from {', '.join(map(self.describe, unnamed))}"] if unnamed else self._elsewhere()[:NAMED_RANKS]
+            place = f"in {self.folder}" if self.folder else "above"
+            text = "; ".join([f"the run hangs: {self._hang}", *found, f"the stacks of its ranks are {place}"])
             self._end(text, FAILED, 0 if 0 in missing else None)
 
     def _end(self, text: str, code: int, lost: int | None) -> None:

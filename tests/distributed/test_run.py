@@ -132,35 +132,6 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_is_taken(workspa
     assert "this checkpoint is damaged (the newest whole one is" in said
 
 
-def test_files_ask_for_a_checkpoint_an_export_and_the_end(workspace, tiny):
-    """On two stages; what nobody asked for is not written, since the run is far from its end."""
-    changes = {"max_steps": 100_000, "checkpoint_every_n_steps": None, "pipeline_stages": 2, "resume": "latest-or-new"}
-    config = workspace.config("run", tiny("wan-t2v"), **changes)
-    run = workspace.run("run")
-    with world(["train.py", "--config", config], 2, workspace.folder) as running:
-        running.wait_until((run / "metrics.jsonl").is_file)
-        for name, made in {"request-checkpoint": "checkpoints/step-*", "request-export": "exports/step-*/run.safetensors"}.items():
-            assert not list(run.glob(made))
-            (run / name).touch()
-            running.wait_until(lambda name=name: not (run / name).exists())
-            assert len(list(run.glob(made))) == 1
-        (run / "request-stop").touch()
-        assert running.wait(120) == [0, 0], running.said()
-        said = running.said()
-    assert not (run / "request-stop").exists()
-    checkpoints = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").iterdir())
-    last = steps_of(run)[-1]["step"]
-    assert len(checkpoints) == 2
-    assert checkpoints[-1] == last < 100_000
-    assert "the file request-stop" in said
-    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    events = [line for line in written if line["kind"] == "checkpoint"]
-    assert [(event["step"], event["errors"]) for event in events] == [(step, []) for step in checkpoints]
-
-    assert f"continuing from step {last}" in workspace.train(config, "--set", f"max_steps={last + 1}", processes=2)
-    assert steps_of(run)[-1]["step"] == last + 1
-
-
 def test_best_checkpoints_are_kept(workspace, tiny):
     """Evaluated after each of the steps, with a learning rate that makes the loss go up and down."""
     changes = {

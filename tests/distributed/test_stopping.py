@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import World, world
+from tests.distributed.harness import World, run_world, world
 from tests.distributed.test_run import assert_same_tensors, export_of, losses_of
 from utils.data.shards import ShardFolder
-from utils.stopping import RUN_AGAIN, USER_ERROR
+from utils.stopping import DONE, RUN_AGAIN, USER_ERROR
 
 EVALUATED = 30
 """The one step after which the run evaluates, long enough to be caught in the middle."""
@@ -180,24 +180,44 @@ def catches(pid: int, number: int) -> bool:
 
 
 def test_stopped_while_it_encodes_it_keeps_what_is_done(workspace, tiny):
-    """A signal to one rank; no collective is open there, and all ranks stop."""
-    sizes = ", ".join(str(size) for size in range(64, 256, 8))
+    """By a signal to one rank, and by a file; no collective is open there, and all ranks stop."""
+    sizes = ", ".join(str(size) for size in range(64, 320, 8))
     workspace.dataset.write_text(workspace.dataset.read_text().replace("resolutions = [\n    48,\n]", f"resolutions = [{sizes}]"))
     config = workspace.config("run", tiny("wan-t2v"), cache_dir=str(workspace.folder / "cache"), pipeline_stages=2)
-    with world(["train.py", "--config", config, "--cache-only"], 2, workspace.folder) as running:
-        running.wait_until(lambda: "to encode" in running.said())
-        begun = cpu_seconds(running.processes[0].pid)
-        running.wait_until(lambda: cpu_seconds(running.processes[0].pid) > begun + 1)
-        running.processes[1].send_signal(signal.SIGTERM)
-        running.wait_until_over(120)
-        assert [process.returncode for process in running.processes] == [RUN_AGAIN] * 2, running.said()
-        total, encoded = map(
-            int, re.search(r"vae: (\d+) different inputs, 0 in the cache, (\d+) encoded here", running.said()).groups()
-        )
-        assert 0 < encoded < total / 2 - 1, "all of the rank's share, or nothing, was encoded when the signal came"
-    shards = ShardFolder(next((workspace.folder / "cache" / "vae").iterdir()))
-    shards.refresh()
-    assert encoded <= len(shards.places) < total
+    arguments = ["train.py", "--config", config, "--resume", "latest-or-new", "--cache-only"]
+    file = workspace.run("run") / "request-stop"
+
+    def told_to_stop(tell, exit_code: int) -> tuple[int, int, int]:
+        """Latents that there are, that were there before, and that rank 0 has encoded."""
+        with world(arguments, 2, workspace.folder) as running:
+            running.wait_until(lambda: "to encode" in running.said())
+            begun = cpu_seconds(running.processes[0].pid)
+            running.wait_until(lambda: cpu_seconds(running.processes[0].pid) > begun + 1)
+            tell(running)
+            running.wait_until_over(120)
+            assert [process.returncode for process in running.processes] == [exit_code] * 2, running.said()
+            line = re.search(r"vae: (\d+) different inputs, (\d+) in the cache, (\d+) encoded here", running.said())
+            return tuple(map(int, line.groups()))
+
+    total, before, encoded = told_to_stop(lambda running: running.processes[1].send_signal(signal.SIGTERM), RUN_AGAIN)
+    assert before == 0
+    assert 0 < encoded < total / 2 - 1, "all of the rank's share, or nothing, was encoded when the signal came"
+    kept = ShardFolder(next((workspace.folder / "cache" / "vae").iterdir()))
+    kept.refresh()
+    assert encoded <= len(kept.places) < total
+
+    _, before, encoded = told_to_stop(lambda running: file.touch(), DONE)
+    assert before == len(kept.places)
+    assert encoded > 0
+    assert not file.exists(), "the next start would stop too"
+    kept.refresh()
+    assert before + encoded <= len(kept.places) < total
+
+    file.touch()
+    said = run_world(arguments, 2, workspace.folder)
+    assert "stopped before the end: the file request-stop" in said
+    assert "to encode" not in said
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("failing", [0, 2])

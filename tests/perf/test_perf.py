@@ -5,6 +5,7 @@ times, since another program may disturb one.
 """
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ ATTEMPTS = 3
 
 
 def measure(what: str, processes: int, folder: Path) -> list[dict]:
+    """What each rank measured.  Attempts do not see each other's files."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run_world(["-m", "tests.perf.worker", what, folder], processes, folder, timeout=900)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
 

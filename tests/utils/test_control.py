@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from utils import control
-from utils.control import ControlLine, Message
+from utils.control import ALIVE, ControlLine, Message
 from utils.errors import UserError
 
 
@@ -71,6 +71,22 @@ def test_what_one_sends_all_others_get_and_who_vanishes_is_noticed():
     lines[0].close()
     assert receive(lines[1], 1) == receive(lines[2], 1) == [{"kind": "lost", "rank": 0}]
     for line in lines[1:3]:
+        line.close()
+
+
+def test_signs_of_life_go_to_the_next_rank_only():
+    lines = connect(3)
+    assert [line.connected for line in lines] == [[1, 2], [0], [0]]
+    lines[1].send(ALIVE, phase="encoding")
+    assert receive(lines[0], 1) == [{"kind": ALIVE, "rank": 1, "phase": "encoding"}]
+    lines[0].send(ALIVE, phase="encoding")
+    lines[0].send("stop", reason="SIGTERM")
+    for line in lines[1:]:
+        assert receive(line, 2) == [
+            {"kind": ALIVE, "rank": 0, "phase": "encoding"},
+            {"kind": "stop", "rank": 0, "reason": "SIGTERM"},
+        ]
+    for line in lines:
         line.close()
 
 

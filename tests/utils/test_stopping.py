@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.stopping import LEAST_MARGIN_SECONDS, Stopper, Wishes
+from utils.stopping import DONE, LEAST_MARGIN_SECONDS, RUN_AGAIN, Stopped, Stopper, Wishes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,21 +25,43 @@ def test_what_one_rank_asks_for_all_do():
 
 def test_the_first_reason_stays_and_is_told_once():
     stopper, told = Stopper(), []
-    stopper.tell = told.append
+    stopper.connect(lambda *wish: told.append(wish), " on rank 1")
     assert stopper.asked() == ""
-    stopper.place = " on rank 1"
     stopper.ask("SIGTERM")
     stopper.ask("SIGUSR1")
-    stopper.hear("SIGTERM on rank 3")
+    stopper.hear("stop", "SIGTERM on rank 3")
     assert stopper.asked() == "SIGTERM on rank 1"
-    assert told == ["SIGTERM on rank 1"]
+    assert told == [("stop", "SIGTERM on rank 1")]
+
+
+def test_what_was_asked_before_there_was_a_line_is_told_when_there_is_one():
+    stopper, told = Stopper(), []
+    stopper.ask("SIGTERM")
+    stopper.connect(lambda *wish: told.append(wish), " on rank 1")
+    assert told == [("stop", "SIGTERM on rank 1")]
+
+
+def test_an_end_for_good_is_another_wish_and_a_signal_goes_before_it():
+    stopper, told, done = Stopper(), [], []
+    stopper.connect(lambda *wish: told.append(wish), "")
+    stopper.ask("a file", "finish", obeyed=lambda: done.append("removed"))
+    assert stopper.asked() == "a file"
+    assert Stopped.by(stopper.wishes()).exit_code == DONE
+    stopper.hear("stop", "SIGTERM on rank 3")
+    assert stopper.wishes() == Wishes(stop="SIGTERM on rank 3", finish="a file")
+    stopped = Stopped.by(stopper.wishes())
+    assert (str(stopped), stopped.exit_code) == ("SIGTERM on rank 3", RUN_AGAIN)
+    assert told == [("finish", "a file")]
+    assert not done
+    stopper.obeyed()
+    assert done == ["removed"]
 
 
 def test_another_ranks_reason_is_not_told_again():
     stopper, told = Stopper(), []
-    stopper.tell = told.append
-    stopper.hear("SIGTERM on rank 3")
-    stopper.hear("SIGUSR1 on rank 4")
+    stopper.connect(lambda *wish: told.append(wish), " on rank 1")
+    stopper.hear("stop", "SIGTERM on rank 3")
+    stopper.hear("stop", "SIGUSR1 on rank 4")
     assert stopper.asked() == "SIGTERM on rank 3"
     assert told == []
 
@@ -75,7 +97,7 @@ STUCK = """
 import hashlib, sys
 from utils.stopping import Stopper
 stopper = Stopper()
-stopper.tell = lambda reason: print(reason, flush=True)
+stopper.connect(lambda wish, reason: print(reason, flush=True), "")
 stopper.listen()
 print("ready", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)

@@ -1,12 +1,15 @@
 """When a step is taken for hung.  What the watchdog does then, and when ranks vanish, is in tests/distributed/test_stopping.py."""
 
+import time
+
 import pytest
 import torch
 
 from utils.config.schema import LimitsConfig
+from utils.control import ALIVE
 from utils.stopping import Stopped, Stopper
 from utils.topology import Topology
-from utils.watchdog import HANG_FACTOR, LEAST_HANG_SECONDS, UNMEASURED_STEPS, Watchdog
+from utils.watchdog import HANG_FACTOR, LEAST_HANG_SECONDS, LEAST_SILENCE_SECONDS, UNMEASURED_STEPS, Watchdog
 
 
 @pytest.fixture
@@ -45,6 +48,49 @@ def test_the_phase_names_where_the_run_is(watchdog):
         with watch.step(12):
             assert watch.phase == "step 12"
         assert watch.phase == "the time after step 12"
+
+
+def test_a_rank_is_silent_only_while_this_one_listens(watchdog, monkeypatch):
+    """What the watching thread does is done here, with a second rank that there is not."""
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)
+    with watchdog(LimitsConfig(hang_timeout="30s")) as watch:
+        watch.line.hosts, hangs = ["here", "there"], []
+        watch._hangs = hangs.append
+        alive = {"kind": ALIVE, "rank": 1, "phase": "loading the weights"}
+        watch._handlers[ALIVE](alive)
+        watch._listen(29)
+        watch._handlers[ALIVE](alive)
+        watch._listen(29)
+        assert not hangs
+        watch._listen(2)
+        assert hangs == [
+            "rank 1 (stage 1, host there) has given no sign of life for 30 s, during loading the weights: "
+            "its process is stopped, or its machine is frozen or swaps"
+        ]
+        hangs.clear()
+        watch._handlers["bye"]({"kind": "bye", "rank": 1})
+        watch._listen(1000)
+        assert not hangs, "it has ended"
+
+
+def test_whom_rank_0_waits_for_is_told_now_and_then(watchdog, monkeypatch, caplog):
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)
+    with watchdog() as watch:
+        watch.line.hosts = ["here", "there", "there"]
+        for rank, phase in ((1, "the wait after start-up"), (2, "loading the weights")):
+            watch._handlers[ALIVE]({"kind": ALIVE, "rank": rank, "phase": phase})
+        monkeypatch.setattr(Topology, "gather", lambda self, value: [watch._notice(time.monotonic() + 601), value][1:])
+        watch.safe_point("encoding")
+        [told] = caplog.messages
+        assert told == "10 minutes of waiting: rank 2 (stage 2, host there) is at loading the weights"
+        watch._notice(time.monotonic() + 3600)
+        assert len(caplog.messages) == 1, "it does not wait any more"
+
+
+@pytest.mark.parametrize(("timeout", "limit"), [(None, LEAST_HANG_SECONDS), ("30m", 1800), ("1s", LEAST_SILENCE_SECONDS)])
+def test_how_long_silence_may_last(watchdog, timeout, limit):
+    with watchdog(LimitsConfig(hang_timeout=timeout)) as watch:
+        assert watch.silence_limit == limit
 
 
 def test_a_step_that_fails_is_not_watched_any_more(watchdog):

@@ -4,6 +4,7 @@ import itertools
 import logging
 import mmap
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 ALIGNMENT = 64
 # Of the memory that the system calls available, so much is left to others.
 SPARE = 0.1
+# Of tensors in host memory: one thread does not use all of the memory's bandwidth.
+COPY_THREADS = 2
 
 
 FileContent = Iterable[bytes | memoryview]
@@ -73,6 +76,7 @@ class HostCopy:
         The contents stand until the next call.
         """
         contents: dict[str, FileContent] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
         start = 0
         for kind, tensors in groups.items():
             names, header = safetensors_header(tensors, {})
@@ -80,10 +84,18 @@ class HostCopy:
             for name in names:
                 tensor = tensors[name].detach()
                 place = self._memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                place.copy_(tensor, non_blocking=True)
+                copies.append((place, tensor))
                 offset += tensor.nbytes
             contents[kind] = (header, memoryview(self._memory[start:offset].numpy()))
             start = _aligned(offset)
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            # From a GPU the copies only begin here, and are in flight together.
+            done = [pool.submit(place.copy_, tensor) for place, tensor in copies if not tensor.is_cuda]
+            for place, tensor in copies:
+                if tensor.is_cuda:
+                    place.copy_(tensor, non_blocking=True)
+            for copy in done:
+                copy.result()
         for device in _gpus(groups):
             torch.cuda.current_stream(device).synchronize()
         return contents

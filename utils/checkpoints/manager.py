@@ -87,7 +87,7 @@ class CheckpointManager:
         scalars: Mapping[str, Mapping[str, Any]],
         record: Mapping[str, Any],
         eval_losses: Mapping[str, float] | None = None,
-    ) -> None:
+    ) -> bool:
         """Begin a checkpoint; collective.  When it returns the tensors may change; :meth:`poll` and :meth:`finish` tell the end.
 
         ``groups``: the tensors that this rank writes, of each kind (``weights``, ``optimizer``, …) by the parameter's name or
@@ -95,12 +95,12 @@ class CheckpointManager:
         hold of this rank's share.  ``record``: JSON values that the run wants back (settings, seed, what the data was).
         ``eval_losses``: held-out loss by dataset, if it was measured at this step.
 
-        Nothing happens if this step's checkpoint is there already, or is being written.
+        Nothing happens, and False is returned, if this step's checkpoint is there already.
         """
         began = time.monotonic()
         waited = self._wait()
         if progress.step == self._last_step and self.finish():
-            return
+            return False
         self._last_step, self._last = progress.step, None
         mine = {
             "bytes": sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()),
@@ -115,7 +115,7 @@ class CheckpointManager:
         if free is not None and free < size + ROOM_BYTES:
             room = f"{_megabytes(size + ROOM_BYTES)} are needed in {self.folder}, {_megabytes(free)} are free"
             self._end(replace(saved, errors=[f"the disk has no room: {room}; remove something, or keep fewer (keep_last)"]), began)
-            return
+            return True
 
         # Ranks of one machine share its memory.
         growth = sum(rank["growth"] for rank in everywhere if rank["host"] == mine["host"])
@@ -129,6 +129,7 @@ class CheckpointManager:
         else:
             log.warning("no host memory for a copy of %s: training stands still until it is written", _megabytes(mine["bytes"]))
             self._write(job, saved, began)
+        return True
 
     def poll(self) -> list[Saved]:
         """What has ended since the last call, on rank 0; it never waits."""

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from utils.data.captions import read_folder
 from utils.data.files import DataFile
 from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, frames_at, is_clip, probe
 from utils.data.progress import ProgressLog
+from utils.data.scan_report import MAX_LISTED, DirectoryReport, ScanReport, count
 from utils.data.shards import write_atomically
 from utils.data.values import ANY_CONTROLS, Bucket, Caption, Control, ControlRules, Sample, SizeRules
 from utils.data.variants import first_caption, variants
@@ -26,61 +27,7 @@ from utils.stopping import Stopped
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 8
-MAX_LISTED = 40
-"""Problems of one message; the rest is counted."""
 _MEMORY_VERSION = 1
-
-
-@dataclass
-class DirectoryReport:
-    """What became of one ``[[directory]]``."""
-
-    name: str
-    """Its name in the samples' keys."""
-    path: Path
-    num_repeats: float
-    controls: int = 0
-    """Control pictures of each item."""
-    pictures: int = 0
-    clips: int = 0
-    buckets: Counter[Bucket] = field(default_factory=Counter)
-    """Samples in each bucket."""
-    unused: dict[str, str] = field(default_factory=dict)
-    """Files without any sample, and why."""
-    uncaptioned: int = 0
-    """Items that have an empty caption because there is none for them."""
-    ignored: Counter[str] = field(default_factory=Counter)
-    """Suffixes of files that are no pictures, clips or captions; sub-folders under ``/``."""
-
-    def lines(self) -> list[str]:
-        repeats = f", each {self.num_repeats:g} times an epoch" if self.num_repeats != 1 else ""
-        controls = f", with {_count(self.controls, 'control picture')} each" if self.controls else ""
-        found = [f"{self.name} ({self.path}): {_count(self.clips, 'clip')}, {_count(self.pictures, 'picture')}{controls}{repeats}"]
-        found += [f"  {bucket!s:>14}  {_count(number, 'sample')}" for bucket, number in sorted(self.buckets.items())]
-        found += [f"  not used: {name}: {reason}" for name, reason in self.unused.items()]
-        if self.uncaptioned:
-            found.append(f"  without a caption, shown with an empty one: {_count(self.uncaptioned, 'file')}")
-        if self.ignored:
-            kinds = [f"{number} {suffix or 'without suffix'}" for suffix, number in sorted(self.ignored.items()) if suffix != "/"]
-            kinds += [_count(self.ignored["/"], "sub-folder")] if self.ignored["/"] else []
-            found.append(f"  not looked at: {', '.join(kinds)}")
-        return found
-
-
-@dataclass(frozen=True)
-class ScanReport:
-    """What is in the folders and what is used of it."""
-
-    directories: list[DirectoryReport]
-
-    @property
-    def unused(self) -> dict[str, str]:
-        """``<directory's name>/<file>`` and why no sample was made of it."""
-        return {f"{part.name}/{name}": reason for part in self.directories for name, reason in part.unused.items()}
-
-    def lines(self) -> list[str]:
-        """For the log and ``--check``."""
-        return [line for directory in self.directories for line in directory.lines()]
 
 
 @dataclass(frozen=True)
@@ -125,7 +72,7 @@ def scan(
     looks = _look_at_all(sorted(paths), hash_cache, wrong, stop)
     if wrong:
         more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
-        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {_count(len(wrong), 'problem')}:"))
+        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {count(len(wrong), 'problem')}:"))
 
     samples: list[Sample] = []
     reports: list[DirectoryReport] = []
@@ -134,8 +81,8 @@ def scan(
         report = DirectoryReport(
             name,
             directory.path,
-            settings.num_repeats,
-            len(directory.control_paths),
+            num_repeats=settings.num_repeats,
+            controls=len(directory.control_paths),
             uncaptioned=listing.uncaptioned,
             ignored=listing.ignored,
         )
@@ -206,7 +153,7 @@ def _warn_of_unused(report: DirectoryReport) -> None:
     if report.unused:
         named = [f"{name}: {reason}" for name, reason in report.unused.items()]
         more = [f"and {len(named) - MAX_LISTED} more"] if len(named) > MAX_LISTED else []
-        log.warning(listed(named[:MAX_LISTED] + more, f"{report.path}: {_count(len(named), 'file')} cannot be used:"))
+        log.warning(listed(named[:MAX_LISTED] + more, f"{report.path}: {count(len(named), 'file')} cannot be used:"))
 
 
 # ── what lies in a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,7 +298,3 @@ def _read_memory(hash_cache: Path | None) -> dict[str, dict[str, Any]]:
         return memory["files"] if memory["version"] == _MEMORY_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
