@@ -9,7 +9,8 @@ from functools import cached_property
 from utils.data.batches import EpochOrder
 from utils.data.encoders import ConditionEncoder, TokenLength
 from utils.data.media import covering
-from utils.data.sources import DirectoryReport, Scan
+from utils.data.scan_report import DirectoryReport
+from utils.data.sources import Scan
 from utils.data.values import Bucket, Sample, SizeRules
 from utils.data.variants import alternatives
 
@@ -124,19 +125,7 @@ class DataFindings:
     def enlarged(self) -> list[tuple[Sample, float]]:
         """Samples that are larger in their bucket than in their file, and how much, the worst first."""
         found = [(sample, self.cuts[sample.key].scale) for sample in self.samples if sample.key in self.cuts]
-        return sorted(((sample, scale) for sample, scale in found if scale > ENLARGED), key=lambda entry: -entry[1])
-
-    @cached_property
-    def duplicates(self) -> list[list[str]]:
-        """Items whose files hold the same bytes, those of one content together."""
-        items: dict[str, dict[str, None]] = {}
-        for sample in self.samples:
-            items.setdefault(sample.content, {})[item_of(sample)] = None
-        return [list(names) for names in items.values() if len(names) > 1]
-
-
-ENLARGED = 1.005
-"""Sizes are whole pixels: less than this is rounding."""
+        return sorted(((sample, scale) for sample, scale in found if scale > 1), key=lambda entry: -entry[1])
 
 
 def item_of(sample: Sample) -> str:

@@ -14,7 +14,7 @@ from jinja2 import Environment
 from utils.data.progress import ProgressLog
 from utils.data.values import Bucket, Sample
 from utils.errors import UserError
-from utils.report.findings import ENLARGED, BucketFindings, Cut, DataFindings
+from utils.report.findings import BucketFindings, Cut, DataFindings
 from utils.report.pictures import Decode, Shown, decoded_of, evenly, shown_of
 from utils.report.tables import Summary, number, percent, summary
 from utils.stopping import Stopped
@@ -177,7 +177,7 @@ def facts_of(sample: Sample, crop: Cut | None) -> list[Fact]:
         width, height = sample.original_size
         facts.append(Fact(f"{width} x {height}"))
         facts.append(Fact(f"{percent(crop.cropped)} cropped"))
-        enlarged = crop.scale > ENLARGED
+        enlarged = crop.scale > 1
         facts.append(Fact(f"enlarged {crop.scale:.2f} times" if enlarged else f"scaled by {crop.scale:.2f}", enlarged))
     if sample.fps:
         facts.append(Fact(f"{sample.bucket.frames} frames at {sample.fps:g} fps from {sample.first_frame / sample.fps:.2f} s on"))

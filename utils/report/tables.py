@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from pathlib import PurePath
+from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from utils.data.sources import DirectoryReport
+from utils.data.scan_report import FOLDERS, HIDDEN, DirectoryReport
 from utils.report.findings import CaptionFindings, DataFindings, item_of
 
 NAMED = 10
@@ -48,13 +50,8 @@ class Summary:
 
 
 def summary(data: DataFindings) -> Summary:
-    lists = [
-        not_used(data),
-        not_looked_at(data),
-        duplicates(data),
-        enlarged(data),
-        *(cut(data, part) for part in data.captions),
-    ]
+    lists = [skipped(data), unused(data), duplicates(data), *(cut(data, part) for part in data.captions), enlarged(data)]
+    lists += [left_over(data), stray(data), not_looked_at(data)]
     return Summary(
         f"{data.name} data",
         [directories(data), buckets(data), *([captions(data)] if data.captions else [])],
@@ -67,17 +64,24 @@ def summary(data: DataFindings) -> Summary:
 
 
 def directories(data: DataFindings) -> Table:
+    """Without columns of what no directory has."""
     columns = ["directory", "pictures", "clips", "samples", "an epoch", "with mask", "with control", "no caption"]
-    columns += ["cropped mean", "most", "enlarged", "not used"]
+    columns += ["cropped mean", "most", "enlarged", "skipped", "not used"]
     parts = data.scan.report.directories
-    rows = [[part.name, *_counts(data, [part])] for part in parts]
-    return Table("directories", columns, rows, ["all", *_counts(data, parts)] if len(rows) > 1 else ())
+    names = [f"{part.name} (regularisation)" if part.is_reg else part.name for part in parts]
+    rows = [[name, *_counts(data, [part])] for name, part in zip(names, parts, strict=True)] + [["all", *_counts(data, parts)]]
+    told = [place for place, name in enumerate(columns) if name not in IF_ANY or rows[-1][place] != "0"]
+    rows = [[row[place] for place in told] for row in rows]
+    return Table("directories", [columns[place] for place in told], rows[:-1], rows[-1] if len(parts) > 1 else ())
+
+
+IF_ANY = ("with mask", "with control", "no caption", "enlarged", "skipped")
 
 
 def _counts(data: DataFindings, parts: Sequence[DirectoryReport]) -> list[str]:
     samples = [sample for part in parts for sample in data.samples_of(part)]
     cropped = [data.cuts[sample.key].cropped for sample in samples if sample.key in data.cuts]
-    mine = {sample.key for sample in samples}
+    scales = [data.cuts[sample.key].scale for sample in samples if sample.key in data.cuts]
     return [
         str(sum(part.pictures for part in parts)),
         str(sum(part.clips for part in parts)),
@@ -88,7 +92,8 @@ def _counts(data: DataFindings, parts: Sequence[DirectoryReport]) -> list[str]:
         str(sum(part.uncaptioned for part in parts)),
         percent(sum(cropped) / len(cropped)) if cropped else "",
         percent(max(cropped)) if cropped else "",
-        str(sum(sample.key in mine for sample, _ in data.enlarged)),
+        str(sum(scale > 1 for scale in scales)),
+        str(sum(len(part.skipped) for part in parts)),
         str(sum(len(part.unused) for part in parts)),
     ]
 
@@ -125,26 +130,54 @@ def captions(data: DataFindings) -> Table:
 # ── lists ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def not_used(data: DataFindings) -> NamedList:
+def skipped(data: DataFindings) -> NamedList:
+    return NamedList("skipped, as they cannot be used", _named(data, "skipped"), lost=True)
+
+
+def unused(data: DataFindings) -> NamedList:
+    return NamedList("not used", _named(data, "unused"), lost=True)
+
+
+def _named(data: DataFindings, field: Literal["skipped", "unused"]) -> list[tuple[str, str]]:
     """Without the path of the directory, which reasons may hold."""
-    entries = [
+    return [
         (f"{part.name}/{name}", reason.replace(f"{part.path}/", ""))
         for part in data.scan.report.directories
-        for name, reason in part.unused.items()
+        for name, reason in getattr(part, field).items()
     ]
-    return NamedList("not used", entries, lost=True)
+
+
+def left_over(data: DataFindings) -> NamedList:
+    entries = [
+        (f"{part.name}/{name}", f"{many} frames at its end")
+        for part in data.scan.report.directories
+        for name, many in part.left_over.items()
+    ]
+    return NamedList("clips with frames that make no whole piece", entries)
+
+
+def stray(data: DataFindings) -> NamedList:
+    entries = [
+        (f"{PurePath(folder).name}/{name}", f"for none of {part.name}")
+        for part in data.scan.report.directories
+        for folder, names in part.stray.items()
+        for name in names
+    ]
+    return NamedList("masks, control pictures and given frames that belong to no item", entries)
 
 
 def not_looked_at(data: DataFindings) -> NamedList:
-    entries = []
-    for part in data.scan.report.directories:
-        kinds = {"/": "sub-folders", "": "files without a suffix"}
-        entries += [(part.name, f"{many} {kinds.get(suffix, suffix)}") for suffix, many in sorted(part.ignored.items())]
+    kinds = {FOLDERS: "sub-folders", HIDDEN: "hidden files", "": "files without a suffix"}
+    entries = [
+        (part.name, f"{many} {kinds.get(suffix, suffix)}")
+        for part in data.scan.report.directories
+        for suffix, many in sorted(part.ignored.items())
+    ]
     return NamedList("not looked at", entries)
 
 
 def duplicates(data: DataFindings) -> NamedList:
-    entries = [(first, f"the same file as {', '.join(others)}") for first, *others in data.duplicates]
+    entries = [(first, f"the same file as {', '.join(others)}") for first, *others in data.scan.report.duplicates]
     return NamedList("duplicates, which are trained on as often as they are there", entries)
 
 
@@ -172,6 +205,7 @@ def show(told: Summary, console: Console) -> None:
     """In colour and fitted to the width, on a terminal."""
     console.print(Text(told.title, style="bold underline"))
     for table in told.tables:
+        console.print(Text(table.title, style="italic" if console.is_terminal else ""))
         console.print(_rich(table, console.is_terminal))
     for note in told.notes:
         console.print(Text(note))
@@ -196,13 +230,7 @@ def plain(told: Summary) -> str:
 
 
 def _rich(table: Table, terminal: bool) -> RichTable:
-    made = RichTable(
-        title=table.title,
-        title_justify="left",
-        title_style="italic" if terminal else "",
-        box=box.SIMPLE_HEAD if terminal else box.ASCII2,
-        show_footer=bool(table.total),
-    )
+    made = RichTable(box=box.SIMPLE_HEAD if terminal else box.ASCII2, show_footer=bool(table.total))
     footers = table.total or [""] * len(table.columns)
     for place, (name, footer) in enumerate(zip(table.columns, footers, strict=True)):
         made.add_column(Text(name), Text(footer), justify="right" if place else "left", overflow="fold")
