@@ -17,6 +17,7 @@ from models.sdxl.text_encoders import TEXT_ENCODERS, trained_text_encoders
 from models.sdxl.tokens import CHUNK, TokenEncoder, token_rows
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.media import covering
+from utils.data.values import CENTRE
 from utils.runtime import DTYPES
 
 
@@ -38,8 +39,9 @@ def sdxl_encoders(files: SdxlFiles, options: SdxlOptions) -> list[ConditionEncod
 class SdxlVaeEncoder(KlVaeEncoder):
     """A picture to ``latents`` [4, 1, h, w], fp32, and ``time_ids`` [6], int64: what SDXL is told of its size.
 
-    The time ids are the height and width of the file, the top and left of the crop in the scaled picture, and the height and width
-    that it is trained at.  An item whose original size is not known counts as one of the size that it has.
+    The time ids are the height and width of the file, the top and left of what is used of it in the scaled picture, and the height
+    and width that it is trained at.  A box that was chosen counts as a crop: its own top and left are in there.  An item whose
+    original size is not known counts as one of the size that it has.
     """
 
     @torch.no_grad()
@@ -49,9 +51,9 @@ class SdxlVaeEncoder(KlVaeEncoder):
 
 def time_ids(item: EncodeItem) -> Tensor:
     height, width = item.pixels.shape[2:]
-    original = item.original_size or (width, height)
-    cover = covering(original, (width, height))
-    return torch.tensor([original[1], original[0], cover.top, cover.left, height, width])
+    original, framing = (item.original_size, item.framing) if item.original_size else ((width, height), CENTRE)
+    left, top = covering(original, (width, height), framing).corner(original)
+    return torch.tensor([original[1], original[0], top, left, height, width])
 
 
 class ChunkedClipEncoder(ClipTextEncoder):

@@ -1,9 +1,14 @@
-"""The files of a data set: on the disk, or inside a ``.tar`` file that is never unpacked."""
+"""The files of a data set: on the disk, or inside a ``.tar`` file that is never unpacked.  What they are, by their first bytes."""
 
 import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, Literal
+
+from utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,12 +42,134 @@ class DataFile:
         """The bytes, from their start, seekable.  Raises OSError."""
         if not self.member:
             return self.path.open("rb")
-        with self.path.open("rb") as tar:
-            tar.seek(self.offset)
-            data = tar.read(self.size)
-        if len(data) < self.size:
-            raise OSError(None, f"the tar file ends within {self.member}")
-        return io.BytesIO(data)
+        return io.BufferedReader(_Member(self))
 
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+
+class _Member(io.RawIOBase):
+    """The part of a tar file that is one member, read as it is asked for: a long clip is never in memory as a whole."""
+
+    def __init__(self, file: DataFile):
+        self.name = file.member  # PyAV tells ffmpeg, which it helps to know the format
+        self._tar = file.path.open("rb")
+        if os.fstat(self._tar.fileno()).st_size < file.offset + file.size:
+            self._tar.close()
+            raise OSError(None, f"the tar file ends within {file.member}")
+        self._start, self._size, self._place = file.offset, file.size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        if place < 0:
+            raise ValueError(f"negative place {place} in {self.name}")
+        self._place = place
+        return place
+
+    def readinto(self, buffer: memoryview) -> int:
+        self._tar.seek(self._start + self._place)
+        read = self._tar.readinto(memoryview(buffer)[: max(0, self._size - self._place)])
+        self._place += read
+        return read
+
+    def close(self) -> None:
+        if hasattr(self, "_tar"):
+            self._tar.close()
+        super().close()
+
+
+class MediaError(UserError):
+    """A file that cannot be used, and why."""
+
+    def __init__(self, file: DataFile, reason: str):
+        super().__init__(file, reason)  # both arguments, so that the error survives pickling
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+# ── what a file is ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MediaKind = Literal["picture", "clip"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the first bytes of a file say that it is."""
+
+    text: str
+    kind: MediaKind | None
+    """None: neither, and nothing that is read."""
+    advice: str
+    """The suffix that such a file has; for what is not read, what to do."""
+
+
+HEIC = Signature("a HEIC picture", "picture", ".heic")
+_AVIF = Signature("an AVIF picture", "picture", ".avif")
+_MP4 = Signature("an MP4 or QuickTime clip", "clip", ".mp4")
+
+# The first that fits counts.
+_SIGNATURES = [
+    (b"\x89PNG\r\n\x1a\n", Signature("a PNG picture", "picture", ".png")),
+    (b"\xff\xd8\xff", Signature("a JPEG picture", "picture", ".jpg")),
+    (b"GIF8", Signature("a GIF picture", "picture", ".gif")),
+    (b"BM", Signature("a BMP picture", "picture", ".bmp")),
+    (b"II*\x00", Signature("a TIFF picture", "picture", ".tif")),
+    (b"MM\x00*", Signature("a TIFF picture", "picture", ".tif")),
+    (b"\x00\x00\x00\x0cjP  \r\n", Signature("a JPEG 2000 picture", "picture", ".jp2")),
+    (b"\x1aE\xdf\xa3", Signature("a Matroska or WebM clip", "clip", ".mkv")),
+    (b"FLV\x01", Signature("a Flash clip", "clip", ".flv")),
+    (b"\x00\x00\x01\xba", Signature("an MPEG clip", "clip", ".mpg")),
+    (b"0&\xb2u\x8ef\xcf\x11", Signature("a Windows Media clip", "clip", ".wmv")),
+    (b"%PDF", Signature("a PDF document", None, "save its pictures as .png or .jpg")),
+    (b"8BPS", Signature("a Photoshop document", None, "save it as .png or .tif")),
+    (b"PK\x03\x04", Signature("a ZIP file", None, "unpack it")),
+    (b"version https://git-lfs", Signature("a pointer of Git LFS", None, "fetch the file itself with `git lfs pull`")),
+    (b"<!doctype html", Signature("a web page", None, "download the file itself")),
+    (b"<html", Signature("a web page", None, "download the file itself")),
+    (b"<svg", Signature("an SVG drawing", None, "save it as .png")),
+    (b"<?xml", Signature("an XML or SVG file", None, "save it as .png")),
+]
+
+
+def signature_of(head: bytes) -> Signature | None:
+    """What a file is that begins so (at least 64 bytes, if it has them); None if that is not known."""
+    if head[4:8] == b"ftyp":
+        brands = head[8 : max(16, int.from_bytes(head[:4], "big"))]
+        if b"avif" in brands or b"avis" in brands:
+            return _AVIF
+        return HEIC if any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")) else _MP4
+    if head[:4] == b"RIFF" and head[8:12] in (b"WEBP", b"AVI "):
+        webp = head[8:12] == b"WEBP"
+        return Signature("a WebP picture", "picture", ".webp") if webp else Signature("an AVI clip", "clip", ".avi")
+    return next((found for start, found in _SIGNATURES if head.lstrip().lower().startswith(start.lower())), None)
+
+
+@contextmanager
+def opened(file: DataFile, kind: MediaKind) -> Iterator[tuple[BinaryIO, Signature | None]]:
+    """The file's bytes, and what they are if that is known.  Raises MediaError if it is empty, unreadable, or not of the kind."""
+    try:
+        with file.open() as stream:
+            head = stream.read(64)
+            if not head:
+                raise MediaError(file, "the file is empty")
+            signature = signature_of(head)
+            if signature and signature.kind is None:
+                raise MediaError(file, f"it is {signature.text}, and no picture or clip; {signature.advice}")
+            if signature and signature.kind != kind:
+                renamed = f"{file.stem}{signature.advice}"
+                raise MediaError(file, f"it is {signature.text}, which its name does not say; rename it to {renamed}")
+            stream.seek(0)
+            yield stream, signature
+    except OSError as error:
+        raise MediaError(file, f"it cannot be read ({error.strerror or error})") from error

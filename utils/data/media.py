@@ -1,77 +1,53 @@
-"""Pictures and clips: how large and how long they are, and their pixels as a model sees them.
+"""Pictures and clips: how large and how long they are, and their pixels and masks as a model sees them.
 
-Clips are read with PyAV (its wheel carries its own ffmpeg), pictures with Pillow.  Both are turned upright first.
+``pictures.py`` and ``clips.py`` read them, ``resampling.py`` chooses frames, ``framing.py`` what is cut off.
 """
 
 import math
-import struct
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import BinaryIO
 
-import av
 import numpy as np
 import torch
-from av.container import InputContainer
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from utils.data.files import DataFile
+from utils.data.clips import clip_frames, clip_size, look_at_clip, upright
+from utils.data.files import DataFile, MediaError
+from utils.data.framing import Covering, FramingError, covering, cropped_share, enlargement, framing_for, is_upscaled
+from utils.data.pictures import is_animated, look_at_picture, read_animation, read_picture
+from utils.data.resampling import Timeline, nearest
 from utils.data.values import AS_IT_IS, CENTRE, Bucket, Framing, Reading
-from utils.errors import UserError
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
-CLIPS = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".gif"})
+__all__ = [
+    "CLIPS",
+    "PICTURES",
+    "PIXELS_VERSION",
+    "Covering",
+    "MediaError",
+    "MediaInfo",
+    "covering",
+    "cropped_share",
+    "enlargement",
+    "frames_at",
+    "is_clip",
+    "is_upscaled",
+    "load_alpha_mask",
+    "load_mask",
+    "load_pixels",
+    "probe",
+]
 
-PIXELS_VERSION = 1
+PICTURES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".heic", ".heif"}
+)
+"""Suffixes of pictures.  Some of them may be animated, and then be taken for clips: ``MediaInfo.fps`` tells."""
+CLIPS = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"})
+
+PIXELS_VERSION = 2
 """Part of the cache key of everything that is made of pixels: raise it when :func:`load_pixels` gives other values."""
 
-# AVI has no presentation times: with B-frames ffmpeg reports times in the order of decoding.  Its frames are counted instead.
-_UNTIMED_FORMATS = frozenset({"avi"})
-
-# A display matrix (a, b, c, d) sends a stored pixel (x, y) to (ax + cy, bx + dy), y downwards.  What undoes the storage:
-_UPRIGHT = {
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # a clockwise quarter turn; Pillow counts the other way round
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
-}
-
-
-class MediaError(UserError):
-    """A file that cannot be used, and why."""
-
-    def __init__(self, file: DataFile, reason: str):
-        super().__init__(file, reason)  # both arguments, so that the error survives pickling
-        self.file, self.reason = file, reason
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Covering:
-    """The size that a picture is scaled to, and the left upper corner of what is cut out of that, in pixels."""
-
-    width: int
-    height: int
-    left: int
-    top: int
-
-
-def covering(size: tuple[int, int], target: tuple[int, int]) -> Covering:
-    """How a picture of ``size`` just covers ``target``, with its centre; both (width, height)."""
-    scale = max(target[0] / size[0], target[1] / size[1])
-    width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
-    return Covering(width, height, (width - target[0]) // 2, (height - target[1]) // 2)
+BLACK = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +59,8 @@ class MediaInfo:
     frames: int
     """Frames that are there; 1 for a picture."""
     fps: float | None
-    """Mean rate between the first and the last frame; None for a picture."""
+    """Mean rate between the first and the last frame; None for a picture, also for an animated one of which the first frame is
+    used."""
 
 
 def is_clip(file: DataFile) -> bool:
@@ -91,22 +68,19 @@ def is_clip(file: DataFile) -> bool:
     return file.suffix in CLIPS
 
 
-def probe(file: DataFile) -> MediaInfo:
+def probe(file: DataFile, reading: Reading = AS_IT_IS) -> MediaInfo:
     """Size and length of a file.  Decodes a picture whole, and of a clip the first frame; its frames are counted, not believed.
 
-    Raises MediaError if the file is empty, cut off, or not what its name says.
+    Raises MediaError if the file is empty, cut off, too large, or not what its name says.
     """
-    if not is_clip(file):
-        width, height = _picture(file).size
-        return MediaInfo(width, height, frames=1, fps=None)
-    with _opened(file) as (container, stream):
-        timeline = _timeline(file, container, stream)
-    with _opened(file) as (container, stream):
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise MediaError(file, "no frame of it decodes")
-        width, height = _upright(first, timeline.pixel_aspect).size
-    return MediaInfo(width, height, frames=len(timeline.times), fps=float(timeline.fps))
+    if is_clip(file):
+        look = look_at_clip(file)
+        size, timeline = clip_size(file, look), look.timeline
+    else:
+        size, timeline = look_at_picture(file)
+    if timeline is None or (not is_clip(file) and reading.animated == "first_frame"):
+        return MediaInfo(*size, frames=1, fps=None)
+    return MediaInfo(*size, frames=len(timeline.times), fps=float(timeline.fps))
 
 
 def load_pixels(
@@ -117,20 +91,61 @@ def load_pixels(
     max_frames: int | None = None,
     framing: Framing = CENTRE,
     reading: Reading = AS_IT_IS,
+    item_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """The pixels of one sample: fp32 [3, frames, height, width] in [-1, 1]; with ``max_frames`` the first ones of them.
 
     Frame ``i`` of a clip is the source frame nearest to ``(first_frame + i) / fps`` seconds after the clip's first one (of two
-    equally near, the earlier).  Each frame is scaled (Lanczos) so that it just covers the bucket, and cropped to its centre.
-    Raises MediaError if the frames that are needed do not decode.
+    equally near, the earlier); without ``fps`` the file is taken for a picture.  Each frame is cut to the framing's box, scaled
+    (Lanczos) so that it just covers the bucket, and cropped where the framing says.  ``item_size``: for a control picture or a
+    given frame, the size of the item whose framing this is (see ``framing.framing_for``); None: the file is the item.
+    Raises MediaError if the frames that are needed do not decode, or the box is no part of the picture.
     """
-    if is_clip(file):
-        assert fps, "a clip needs a frame rate"
-        frames = _clip_frames(file, bucket, fps, first_frame, max_frames)
-    else:
-        frames = [_fitted(_picture(file), bucket)]
+
+    def fitted(image: Image.Image) -> np.ndarray:
+        return _fitted(file, _on_background(image, reading.background), bucket, framing, item_size)
+
+    frames = list(_frames(file, bucket.frames, fps, first_frame, max_frames, reading, fitted))
     pixels = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def load_mask(
+    file: DataFile,
+    bucket: Bucket,
+    fps: float | None = None,
+    first_frame: int = 0,
+    framing: Framing = CENTRE,
+    reading: Reading = AS_IT_IS,
+    item_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """A sample's mask: fp32 [1, frames, height, width] in [0, 1], the grey values, transparent parts as black.
+
+    ``fps``, ``first_frame``, ``framing`` and ``item_size`` are those of the item: a clip is resampled as the item is, a picture
+    holds for all frames.  Raises MediaError like :func:`load_pixels`.
+    """
+
+    def fitted(image: Image.Image) -> np.ndarray:
+        return _fitted(file, _on_background(image, BLACK).convert("L"), bucket, framing, item_size)
+
+    return _mask(_frames(file, bucket.frames, fps, first_frame, None, reading, fitted, colours=False), bucket)
+
+
+def load_alpha_mask(
+    file: DataFile,
+    bucket: Bucket,
+    fps: float | None = None,
+    first_frame: int = 0,
+    framing: Framing = CENTRE,
+    reading: Reading = AS_IT_IS,
+) -> Tensor:
+    """The mask that a file's own alpha channel is, like :func:`load_mask`: 1 everywhere where there is none."""
+
+    def fitted(image: Image.Image) -> np.ndarray:
+        alpha = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
+        return _fitted(file, alpha, bucket, framing, None)
+
+    return _mask(_frames(file, bucket.frames, fps, first_frame, None, reading, fitted, colours=False), bucket)
 
 
 def frames_at(info: MediaInfo, fps: float) -> int:
@@ -139,164 +154,64 @@ def frames_at(info: MediaInfo, fps: float) -> int:
     return math.floor((info.frames - 0.5) * fps / info.fps) + 1
 
 
-@contextmanager
-def _bytes_of(file: DataFile) -> Iterator[BinaryIO]:
-    try:
-        with file.open() as stream:
-            if not stream.read(1):
-                raise MediaError(file, "the file is empty")
-            stream.seek(0)
-            yield stream
-    except OSError as error:
-        raise MediaError(file, f"it cannot be read ({error.strerror or error})") from error
+def _frames(
+    file: DataFile,
+    count: int,
+    fps: float | None,
+    first_frame: int,
+    max_frames: int | None,
+    reading: Reading,
+    fitted: Callable[[Image.Image], np.ndarray],
+    colours: bool = True,
+) -> Iterator[np.ndarray]:
+    """What ``fitted`` makes of each frame that is needed; of a picture one.  Decoding ends with the last frame that is needed."""
+    number = min(count, max_frames or count)
+    if is_clip(file):
+        assert fps, "a clip needs a frame rate"
+        look = look_at_clip(file)
+        targets = look.timeline.targets(fps, first_frame, number)
+
+        def shown(frame) -> np.ndarray:
+            if frame.is_corrupt:
+                raise MediaError(file, f"the frame at {float(frame.time or 0):.2f} s, which is needed, is damaged")
+            return fitted(upright(frame, look))
+
+        frames = nearest(clip_frames(file, look, targets[0]), targets, 1 / look.timeline.fps, shown)
+    elif fps and reading.animated == "clip" and is_animated(file):
+        _, timeline = look_at_picture(file)
+        targets = timeline.targets(fps, first_frame, number)
+        frames = nearest(read_animation(file, colours), targets, 1 / timeline.fps, fitted)
+    else:
+        yield fitted(read_picture(file, colours))
+        return
+    found = 0
+    for frame in frames:
+        yield frame
+        found += 1
+    if found < number:
+        raise MediaError(file, f"only {found} of the {number} frames that are needed decode")
 
 
-# ── pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _picture(file: DataFile) -> Image.Image:
-    """The decoded picture, upright, RGB; transparent parts become white."""
-    with _bytes_of(file) as stream:
-        try:
-            with Image.open(stream) as opened:
-                image = ImageOps.exif_transpose(opened)
-        except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
-            raise MediaError(file, f"it does not decode as a picture ({type(error).__name__}: {error})") from error
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit values to 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise MediaError(file, f"pixels of type {image.mode} have no known range; save it with 8 or 16 bits per channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _fitted(image: Image.Image, bucket: Bucket) -> np.ndarray:
-    """uint8 [height, width, 3]: the centre of the picture scaled to just cover the bucket."""
-    cover = covering(image.size, (bucket.width, bucket.height))
-    scaled = image.resize((cover.width, cover.height), Image.Resampling.LANCZOS)
-    return np.asarray(scaled.crop((cover.left, cover.top, cover.left + bucket.width, cover.top + bucket.height)))
-
-
-# ── clips ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Timeline:
-    """When a clip's frames are shown, and how wide its pixels are."""
-
-    times: list[Fraction]
-    """Rising, in seconds."""
-    rate: Fraction | None
-    """For frames without times of their own: the rate at which they are counted.  None: frames tell their time."""
-    pixel_aspect: Fraction
-    """Width of a pixel over its height."""
-
-    @property
-    def span(self) -> Fraction:
-        """Seconds from the first to the last frame."""
-        return self.times[-1] - self.times[0]
-
-    @property
-    def fps(self) -> Fraction:
-        return (len(self.times) - 1) / self.span if self.span else self.rate or Fraction(1)
-
-
-@contextmanager
-def _opened(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its picture stream; ffmpeg's errors in the block become MediaErrors."""
-    try:
-        # Of a file on the disk ffmpeg is told the name, which helps it to know the format.
-        with _bytes_of(file) as stream, av.open(stream if file.member else str(file.path)) as container:
-            if not container.streams.video:
-                raise MediaError(file, "it has no video stream")
-            yield container, container.streams.video[0]
-    except av.error.FFmpegError as error:
-        raise MediaError(file, f"it does not decode ({error.strerror}): it is cut off, damaged, or no clip") from error
-
-
-def _timeline(file: DataFile, container: InputContainer, stream: VideoStream) -> _Timeline:
-    """Read all packets without decoding them.  The frame count in a header may be missing, or promise more than the file holds."""
-    stamps: list[int | None] = []
-    for packet in container.demux(stream):
-        if packet.size == 0 or packet.is_discard:  # the end marker; frames that an edit list hides
-            continue
-        if packet.is_corrupt:
-            raise MediaError(file, f"it is cut off or damaged: frame {len(stamps) + 1} is not whole")
-        stamps.append(packet.pts)
-    if not stamps:
-        raise MediaError(file, "it has no frames")
-    pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-    known = [stamp for stamp in stamps if stamp is not None]
-    if len(known) == len(stamps) and container.format.name not in _UNTIMED_FORMATS:
-        return _Timeline([stamp * stream.time_base for stamp in sorted(known)], None, pixel_aspect)
-    if not stream.average_rate:
-        raise MediaError(file, "its frames have neither times nor a rate; convert it to mp4")
-    return _Timeline([index / stream.average_rate for index in range(len(stamps))], stream.average_rate, pixel_aspect)
-
-
-def _decoded(file: DataFile, timeline: _Timeline, start: Fraction, seek: bool) -> Iterator[tuple[Fraction, VideoFrame]]:
-    """Frames with their times in seconds, as they are shown; with ``seek``, from a key frame at or before ``start``."""
-    with _opened(file) as (container, stream):
-        if seek:
-            container.seek(int(start / stream.time_base), stream=stream)
-        for index, frame in enumerate(container.decode(stream)):
-            if frame.pts is None and timeline.rate is None:
-                raise MediaError(file, "a frame has no time; convert it to mp4")
-            time = index / timeline.rate if timeline.rate else frame.pts * stream.time_base
-            if seek and index == 0 and time > start:  # some formats are found behind the time asked for
-                yield from _decoded(file, timeline, start, seek=False)
-                return
-            yield time, frame
-
-
-def _nearest(frames: Iterable[tuple[Fraction, VideoFrame]], targets: list[Fraction], tolerance: Fraction) -> Iterator[VideoFrame]:
-    """For each target the frame nearest in time, of two equally near the earlier; ends where no frame is within ``tolerance``."""
-    waiting = deque(targets)
-    before: tuple[Fraction, VideoFrame] | None = None
-    for time, frame in frames:
-        while waiting and waiting[0] <= time:
-            target = waiting.popleft()
-            yield before[1] if before and target - before[0] <= time - target else frame
-        if not waiting:
-            return
-        before = (time, frame)
-    while waiting and before and waiting.popleft() - before[0] <= tolerance:
-        yield before[1]
-
-
-def _clip_frames(file: DataFile, bucket: Bucket, fps: float, first_frame: int, max_frames: int | None) -> list[np.ndarray]:
-    """The clip's frames for a bucket, each uint8 [height, width, 3]; decoding ends with the last frame that is needed."""
-    with _opened(file) as (container, stream):
-        timeline = _timeline(file, container, stream)
-    step = 1 / Fraction(fps)
-    start = timeline.times[0] + first_frame * step
-    targets = [start + index * step for index in range(bucket.frames)][:max_frames]
-    decoded = _decoded(file, timeline, start, seek=timeline.rate is None and first_frame > 0)
-
-    fitted: list[np.ndarray] = []
-    latest: VideoFrame | None = None
-    for frame in _nearest(decoded, targets, tolerance=1 / timeline.fps):
-        if frame.is_corrupt:
-            raise MediaError(file, f"frame {len(fitted) + 1} of the {len(targets)} that are needed is damaged")
-        fitted.append(fitted[-1] if frame is latest else _fitted(_upright(frame, timeline.pixel_aspect), bucket))
-        latest = frame
-    if len(fitted) < len(targets):
-        raise MediaError(file, f"only {len(fitted)} of the {len(targets)} frames that are needed decode")
-    return fitted
-
-
-def _upright(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
-    """The frame as it is displayed: RGB, with square pixels, turned and mirrored as the file asks."""
-    image = frame.to_image()
-    if pixel_aspect != 1:
-        image = image.resize((round(image.width * pixel_aspect), image.height), Image.Resampling.LANCZOS)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
+def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """RGB.  Before anything is scaled: the colours that transparent pixels hide would be mixed into their neighbours'."""
+    if image.mode != "RGBA":
         return image
-    # 3 x 3 in row order; only its left columns turn.  PyAV's ``rotation`` knows no mirroring, and its sign has changed.
-    a, b, _, c, d = struct.unpack("=9i", bytes(matrix))[:5]
-    turn = _UPRIGHT.get(tuple((value > 0) - (value < 0) for value in (a, b, c, d)))
-    return image.transpose(turn) if turn is not None else image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+
+
+def _fitted(file: DataFile, image: Image.Image, bucket: Bucket, framing: Framing, item_size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [height, width, channels]: the part of the picture that the framing leaves, in the bucket's size."""
+    try:
+        own = framing_for(image.size, item_size, framing) if item_size else framing
+        cover = covering(image.size, (bucket.width, bucket.height), own)
+    except FramingError as error:
+        raise MediaError(file, str(error)) from error
+    image = image.crop(cover.box) if cover.box else image
+    scaled = image.resize((cover.width, cover.height), Image.Resampling.LANCZOS)
+    part = np.asarray(scaled.crop((cover.left, cover.top, cover.left + bucket.width, cover.top + bucket.height)))
+    return part if part.ndim == 3 else part[..., None]
+
+
+def _mask(frames: Iterator[np.ndarray], bucket: Bucket) -> Tensor:
+    mask = torch.from_numpy(np.stack(list(frames))).permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return mask.div_(255.0).expand(-1, bucket.frames, -1, -1).contiguous()

@@ -216,9 +216,9 @@ def test_frames_long_before_the_middle_are_not_decoded(write_clip):
 
 
 def test_picture_is_scaled_and_cropped(assets):
-    pixels = load_pixels(DataFile(assets.images["rocket.jpg"]), Bucket(256, 256, 1))
-    # 640x427 covers 256x256 when scaled by 256/427: to 384x256.
-    with Image.open(assets.images["rocket.jpg"]) as image:
+    pixels = load_pixels(DataFile(assets.images["coffee.png"]), Bucket(256, 256, 1))
+    # 600x400 covers 256x256 when scaled by 256/400: to 384x256.
+    with Image.open(assets.images["coffee.png"]) as image:
         expected = image.convert("RGB").resize((384, 256), Image.Resampling.LANCZOS).crop((64, 0, 320, 256))
     assert pixels.shape == (3, 1, 256, 256)
     np.testing.assert_array_equal(to_bytes(pixels)[0], np.asarray(expected))

@@ -107,7 +107,7 @@ def test_everything_that_is_wrong_is_told_at_once(mixed: Path, assets, tmp_path:
     (mixed / "empty.png").write_bytes(b"")
     for name in ("cut.txt", "empty.txt", "lonely.txt", "phone.txt"):
         (mixed / name).write_text("a caption")
-    (mixed / "phone.heic").write_bytes(b"?")
+    (mixed / "phone.psd").write_bytes(b"?")
     (mixed / "coffee.txt").unlink()
     (mixed / "astronaut.txt").write_bytes(b"caf\xe9")
     missing = tmp_path / "missing"
@@ -118,8 +118,9 @@ def test_everything_that_is_wrong_is_told_at_once(mixed: Path, assets, tmp_path:
         f"  - {mixed}/coffee.png: it has no caption; write one to coffee.txt beside it (an empty file is an empty caption), "
         'or set on_missing_caption = "empty"',
         f"  - {mixed}/lonely.txt: a caption without a picture or clip of the same name; remove it, or add the file",
-        f"  - {mixed}/phone.heic: it has a caption, but files of this kind are not read; convert it to one of .avi, .avif, .bmp, "
-        ".flv, .gif, .jpeg, .jpg, .m4v, .mkv, .mov, .mp4, .mpeg, .mpg, .png, .tif, .tiff, .webm, .webp, .wmv",
+        f"  - {mixed}/phone.psd: it has a caption, but files of this kind are not read; convert it to one of .apng, .avi, .avif, "
+        ".bmp, .flv, .gif, .heic, .heif, .jfif, .jp2, .jpeg, .jpg, .m4v, .mkv, .mov, .mp4, .mpeg, .mpg, .png, .tif, .tiff, .webm, "
+        ".webp, .wmv",
         f"  - {mixed}/cut.mp4: it does not decode (Invalid data found when processing input): it is cut off, damaged, or no clip",
         f"  - {mixed}/empty.png: the file is empty",
     ]
