@@ -8,6 +8,7 @@ The run as a story: read the config, look at the data, encode it, build this ran
 import argparse
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig, seconds_in
 from utils.data.batches import BatchLoader, EpochOrder
-from utils.data.cache import DatasetCache
+from utils.data.cache import DatasetCache, broken_files
+from utils.data.masks import MaskEncoder, has_mask
 from utils.data.sources import Scan, scan
+from utils.data.values import Sample
 from utils.errors import UserError, listed
 from utils.evaluation import EvalData
 from utils.metrics import MetricLog, setup_logging
@@ -178,11 +181,14 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
     cache = DatasetCache(config.cache_dir or config.output_dir / "cache")
     found = topology.from_main(lambda: scan_all(loaded, family, cache))
     samples = [sample for part in found.values() for sample in part.samples]
+    if any(map(has_mask, samples)):
+        encoders.append(MaskEncoder())
     watch.safe_point("encoding")
-    share = {"rank": topology.rank, "world_size": topology.world_size, "device": topology.device}
-    report = cache.build(samples, encoders, **share, stop=lambda: bool(stopper.asked()))
+    asked = {"on_bad_sample": "skip", "stop": lambda: bool(stopper.asked())}  # what is bad is judged below, by data set
+    report = cache.build(samples, encoders, device=topology.device, topology=topology, **asked)
     log.info("encoded data: %s", "; ".join(report.lines()))
     watch.safe_point("loading the weights")
+    found = without_unusable(found, report.unusable, loaded)
     if args.cache_only:
         return
 
@@ -277,6 +283,29 @@ def scan_all(loaded: LoadedConfig, family: ModelFamily, cache: DatasetCache) -> 
             raise Stopped.by(stopper.wishes()) from None
         log.info("%s data:\n%s", name, "\n".join(found[name].report.lines()))
     return found
+
+
+def without_unusable(found: dict[str, Scan], unusable: dict[Sample, str], loaded: LoadedConfig) -> dict[str, Scan]:
+    """The data sets without samples that could not be encoded.  UserError, the same on all ranks, where they are not skipped."""
+    datasets = {"training": loaded.dataset, **loaded.eval_datasets}
+    problems = {
+        unusable[sample]: None
+        for name, part in found.items()
+        if datasets[name].on_bad_sample == "stop"
+        for sample in part.samples
+        if sample in unusable
+    }
+    if problems:
+        raise broken_files(problems)
+    usable = {}
+    for name, part in found.items():
+        lost = [sample for sample in part.samples if sample in unusable] if unusable else []
+        for sample in lost:
+            log.warning("%s data: %s is left out: %s", name, sample.key, unusable[sample])
+        usable[name] = replace(part, samples=[sample for sample in part.samples if sample not in unusable]) if lost else part
+        if not usable[name].samples:
+            raise broken_files(dict.fromkeys(unusable[sample] for sample in lost))
+    return usable
 
 
 def public_settings(config: RunConfig) -> dict[str, Any]:

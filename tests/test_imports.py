@@ -21,7 +21,7 @@ OWNERS = {
 
 # The parts of utils, lowest first: a part imports from its own line and the lines above.
 LEVELS = [
-    {"errors", "draw", "diffusion", "stopping"},
+    {"errors", "draw", "diffusion", "stopping", "words"},
     {"config"},
     {"runtime", "topology"},
     {"adapters", "checkpoints", "control", "data", "metrics", "optim", "pipeline"},

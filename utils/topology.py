@@ -172,6 +172,15 @@ class Topology:
         store.delete_key(key)
         return text
 
+    def count(self, key: str, amount: int = 1) -> int:
+        """Add to a number that all ranks share, 0 at first, and return it.  It waits for nobody."""
+        return _store().add(key, amount)
+
+    def posted(self, keys: Sequence[str]) -> list[str] | None:
+        """The texts that were posted under all of the keys, which stay there; None if one is missing yet."""
+        store = _store()
+        return [store.get(key).decode() for key in keys] if store.check(list(keys)) else None
+
     def sum_over_stages(self, tensor: Tensor) -> Tensor:
         """In-place sum over the stages of this replica."""
         if self.stages > 1:

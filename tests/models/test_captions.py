@@ -60,7 +60,7 @@ def test_every_variant_is_encoded_as_if_it_were_alone(name: str, variant: str, a
     samples = scan(dataset, family.size_rules, hash_cache=None, controls=family.controls, caption_seed=5).samples
     encoders = [encoder for encoder in family.encoders() if "caption" in encoder.reads]
     cache = DatasetCache(pictures / "cache")
-    report = cache.build(samples, encoders, rank=0, world_size=1, device=CPU, batch_size=2)
+    report = cache.build(samples, encoders, device=CPU, batch_size=2)
     # Three variants of each picture, whatever its sizes; the empty caption once, or once for each control picture at each size.
     per_encoder = 2 * 3 + 1 if name == "sdxl" else 4 * (3 + 1)
     assert [part.encoded for part in report.encoders] == [per_encoder] * len(encoders)

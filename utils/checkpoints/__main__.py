@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from utils import words
 from utils.checkpoints.checkpoint import Checkpoint, differences, kind_of
 from utils.checkpoints.manager import CheckpointManager
 from utils.checkpoints.retention import Retention
@@ -88,9 +89,8 @@ def ls(args: argparse.Namespace) -> tuple[Lines, int]:
         facts = ("",) * 6 if problems else _facts(checkpoint)
         rows.append((checkpoint.folder.name, *facts, problems[0] if problems else "whole"))
     rows += [(folder.name, *("",) * 6, "left by a process that was stopped") for folder in manager.leftovers()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     note = ["", "whole: by the files' sizes; `verify` reads every byte"] if len(rows) > 1 else []
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + note, 0
+    return words.table(rows) + note, 0
 
 
 def _facts(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -100,8 +100,8 @@ def _facts(checkpoint: Checkpoint) -> tuple[str, ...]:
         str(progress.epochs_begun),
         str(progress.samples),
         "" if loss is None else f"{loss:.5f}",
-        _size(checkpoint.bytes),
-        _age(time.time() - written),
+        words.size(checkpoint.bytes),
+        words.age(time.time() - written),
         f"{by['stages']} stages x {by['replicas']} replicas",
     )
 
@@ -125,7 +125,7 @@ def show(args: argparse.Namespace) -> tuple[Lines, int]:
     manifest, progress = checkpoint.manifest, checkpoint.progress
     lines = [
         f"{checkpoint.folder}",
-        f"step {progress.step}, epoch {progress.epochs_begun}, {progress.samples} samples, {_size(checkpoint.bytes)}, "
+        f"step {progress.step}, epoch {progress.epochs_begun}, {progress.samples} samples, {words.size(checkpoint.bytes)}, "
         f"format {manifest['version']}",
         f"written by: {', '.join(f'{key} {value}' for key, value in manifest['written_by'].items())}",
     ]
@@ -195,9 +195,9 @@ def prune(args: argparse.Namespace) -> tuple[Lines, int]:
             except OSError as error:
                 raise UserError(f"{folder} could not be removed: {error}") from error
         freed += size
-        lines.append(f"{folder.name} {'would be' if args.dry_run else 'was'} removed: {reason}, {_size(size)}")
+        lines.append(f"{folder.name} {'would be' if args.dry_run else 'was'} removed: {reason}, {words.size(size)}")
     kept = [checkpoint.folder.name for checkpoint in states if checkpoint.folder not in going]
-    lines.append(f"{'would be ' if args.dry_run else ''}freed: {_size(freed)}; kept: {', '.join(kept) or 'nothing'}")
+    lines.append(f"{'would be ' if args.dry_run else ''}freed: {words.size(freed)}; kept: {', '.join(kept) or 'nothing'}")
     return lines, 0
 
 
@@ -206,20 +206,6 @@ def _seconds_since_change(folder: Path) -> float:
 
 
 # ── in words ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _size(size: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
-
-
-def _age(seconds: float) -> str:
-    for unit, factor in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= factor:
-            return f"{seconds / factor:.1f} {unit}"
-    return f"{max(0, seconds):.0f} s"
 
 
 def _value(value: Any) -> str:

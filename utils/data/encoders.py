@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class ConditionEncoder(ABC):
     """What of a sample goes in, and so what its cache key is made of."""
     max_frames: int | None = None
     """Of a clip's pixels only so many frames, from the first on, are decoded for it; None: all of them."""
+    known_frames: tuple[Literal["first", "last"], ...] = ()
+    """The frames of a clip of which it takes given pictures instead, where a sample has such."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -67,6 +69,17 @@ class ConditionEncoder(ABC):
     @abstractmethod
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
         """Named CPU tensors for each item, without a batch dimension.  All pixels in one call have the same shape."""
+
+    def use_tiles(self, on: bool) -> bool:
+        """Work on parts of the pixels in turn, from now on or no longer: less memory, and values that differ a little.
+
+        Called between ``load`` and ``unload``.  False: it cannot.
+        """
+        return False
+
+    def about(self) -> dict[str, Any]:
+        """What the cache says of its outputs, for people: JSON values without paths."""
+        return {"encoder": self.name, "class": type(self).__name__}
 
     @abstractmethod
     def unload(self) -> None:

@@ -1,5 +1,6 @@
 """The files of a data set: on the disk, or inside a ``.tar`` file that is never unpacked.  What they are, by their first bytes."""
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ class DataFile:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+
+def content_of(file: DataFile) -> str:
+    """Hash of its bytes: what a file is known by, wherever it lies.  Raises OSError."""
+    with file.open() as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
 class _Member(io.RawIOBase):

@@ -3,6 +3,8 @@
 import logging
 import time
 
+from utils.words import duration
+
 log = logging.getLogger(__name__)
 
 
@@ -12,22 +14,20 @@ class ProgressLog:
     def __init__(self, what: str, total: int, every: float = 10.0):
         self.what, self.total, self.every = what, total, every
         self._started = self._spoken = time.monotonic()
-        self._first: int | None = None
+        self._first: float | None = None
 
-    def report(self, done: int) -> None:
-        """Say that ``done`` of the total are done, if it is time for a line.  What was done at the first call took no time."""
+    def report(self, done: int, share: float | None = None) -> None:
+        """Say that ``done`` of the total are done, if it is time for a line.  What was done at the first call took no time.
+
+        ``share``: the part of all work that this is, where things take unequal time; without it each takes the same.
+        """
         now = time.monotonic()
+        share = done / max(1, self.total) if share is None else share
         if self._first is None:
-            self._first = done
+            self._first = share
         if now - self._spoken < self.every:
             return
         self._spoken = now
-        here = done - self._first
-        left = f", {_duration((self.total - done) * (now - self._started) / here)} left" if here else ""
+        here = share - self._first
+        left = f", {duration((1 - share) * (now - self._started) / here)} left" if here > 0 else ""
         log.info("%s: %d of %d%s", self.what, done, self.total, left)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,7 +7,7 @@ and which of them is shown on the seed, the epoch and the place in it.  The empt
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -115,20 +115,26 @@ def finished(text: str, settings: DatasetConfig) -> str:
 
 def alternatives(sample: Sample) -> list[Sample]:
     """The sample with each of the captions that training may show with it: what has to be encoded."""
+    return [with_caption(sample, text) for text in texts_of(sample)]
+
+
+def texts_of(sample: Sample) -> Iterable[str]:
+    """These captions, each once."""
+    if not sample.captions and not sample.caption_dropout:
+        return (sample.caption,)
     texts = dict.fromkeys(caption.text for caption in sample.captions) or {sample.caption: None}
-    texts |= {"": None} if sample.caption_dropout else {}
-    return [_with_caption(sample, text) for text in texts]
+    return texts | {"": None} if sample.caption_dropout else texts
 
 
 def as_shown(sample: Sample, place: str, draw: Draw) -> Sample:
     """The sample with the caption that a run shows at a place of an epoch, ``<sample key>#<occurrence>``."""
     if sample.caption_dropout and draw.quantile(place, "caption dropout") < sample.caption_dropout:
-        return _with_caption(sample, "")
+        return with_caption(sample, "")
     if not sample.captions:
         return sample
     weights = [caption.weight for caption in sample.captions]
-    return _with_caption(sample, sample.captions[wildcards.place_of(draw.quantile(place, "caption"), weights)].text)
+    return with_caption(sample, sample.captions[wildcards.place_of(draw.quantile(place, "caption"), weights)].text)
 
 
-def _with_caption(sample: Sample, text: str) -> Sample:
+def with_caption(sample: Sample, text: str) -> Sample:
     return sample if text == sample.caption else replace(sample, caption=text)

@@ -189,7 +189,7 @@ def test_original_size_and_crop_come_from_the_file(models, assets, tmp_path):
         samples = scan(
             DatasetConfig.model_validate({**settings, "size_buckets": [size]}), family.size_rules, hash_cache=None
         ).samples
-        cache.build(samples, encoders, rank=0, world_size=1, device=CPU)
+        cache.build(samples, encoders, device=CPU)
         found[tuple(size[:2])] = cache.read(samples[0], encoders)["time_ids"].tolist()
     assert found == {
         (96, 64): [427, 640, 0, 0, 64, 96],

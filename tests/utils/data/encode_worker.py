@@ -1,6 +1,6 @@
 """Small real encoders for the cache's tests, and a process that encodes a folder with them.
 
-    python -m tests.utils.data.encode_worker DATA CACHE [--rank R] [--world-size N] [--die-after ITEMS]
+    python -m tests.utils.data.encode_worker DATA CACHE [--die-after ITEMS]
 
 Prints the build's report as JSON.  With ``--die-after`` the process kills itself, as ``kill -9`` would, before item ``ITEMS + 1``.
 """
@@ -89,19 +89,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--die-after", type=int)
     arguments = parser.parse_args()
     cache = DatasetCache(arguments.cache, shard_items=2)
     report = cache.build(
         samples_of(arguments.data),
         [Pooling(die_after=arguments.die_after), Bytes()],
-        rank=arguments.rank,
-        world_size=arguments.world_size,
         device=torch.device("cpu"),
-        poll_seconds=0.05,
-        stall_timeout=60,
     )
     os.write(1, json.dumps(asdict(report)).encode())
 

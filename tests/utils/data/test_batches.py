@@ -149,7 +149,7 @@ def test_evaluation_shows_a_sample_alone():
 @pytest.fixture
 def encoded(mixed: Path, tmp_path: Path) -> tuple[DatasetCache, list[Sample], list]:
     samples, encoders, cache = samples_of(mixed), [Pooling(), Bytes()], DatasetCache(tmp_path / "cache")
-    cache.build(samples, encoders, rank=0, world_size=1, device=torch.device("cpu"))
+    cache.build(samples, encoders, device=torch.device("cpu"))
     return cache, samples, encoders
 
 

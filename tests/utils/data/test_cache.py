@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tests.utils.data.encode_worker import RULES, Bytes, Pooling, samples_of
 from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.cache import BuildReport, DatasetCache, inputs_of, share_of
+from utils.data.cache import BuildReport, DatasetCache
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
+from utils.data.files import DataFile, content_of
 from utils.data.media import load_pixels
 from utils.data.sources import scan
 from utils.data.values import Sample
@@ -31,7 +31,7 @@ NUM_PIXELS, NUM_CAPTIONS = 8, 4
 
 
 def build(cache: DatasetCache, samples: list[Sample], encoders: list, **keys) -> BuildReport:
-    return cache.build(samples, encoders, **{"rank": 0, "world_size": 1, "device": CPU, "poll_seconds": 0.01} | keys)
+    return cache.build(samples, encoders, **{"device": CPU, "poll_seconds": 0.01} | keys)
 
 
 def content(folder: Path, samples: list[Sample]) -> dict[str, dict[str, Tensor]]:
@@ -193,22 +193,58 @@ def test_a_shard_without_index_is_not_believed(mixed: Path, tmp_path: Path):
     assert build(DatasetCache(folder), samples, [Pooling()]).encoders[0].found == 6
 
 
-def test_files_that_stop_decoding_are_all_named_and_the_rest_is_kept(mixed: Path, tmp_path: Path):
+BROKEN = 'these files cannot be encoded; repair or remove them, or set on_bad_sample = "skip":'
+
+
+def test_files_that_do_not_decode_are_all_named_and_the_rest_is_kept(mixed: Path, tmp_path: Path):
     samples = samples_of(mixed)
     for name in ("bikes.mp4", "coffee.png"):
         data = (mixed / name).read_bytes()
         (mixed / name).write_bytes(data[: len(data) // 3])
+    samples = [replace(sample, content=content_of(sample.file)) for sample in samples]
     with pytest.raises(UserError) as raised:
         build(DatasetCache(tmp_path / "cache"), samples, [Pooling(), Bytes()])
     lines = str(raised.value).splitlines()
-    assert lines[0] == "these files do not decode; repair or remove them:"
-    assert sorted(line.split(": it does not decode")[0] for line in lines[1:]) == [
-        f"  - {mixed}/bikes.mp4",
-        f"  - {mixed}/coffee.png",
-    ]
+    assert lines[0] == BROKEN
+    assert [line.split(": it does not decode")[0] for line in lines[1:]] == [f"  - {mixed}/bikes.mp4", f"  - {mixed}/coffee.png"]
     whole = [sample for sample in samples if "astronaut" in sample.key or "carphone" in sample.key]
     report = build(DatasetCache(tmp_path / "cache"), whole, [Pooling(), Bytes()])
     assert [(part.total, part.found) for part in report.encoders] == [(4, 4), (2, 2)]
+
+
+def test_files_that_change_or_vanish_meanwhile_are_named_or_left_out(mixed: Path, tmp_path: Path):
+    """Before they are read, while they are decoded, or both."""
+
+    class Meddler(Pooling):
+        """Changes the folder when it gets its first items: the second of the two sizes of each file is read later."""
+
+        def load(self, device):
+            super().load(device)
+            shutil.copy(mixed / "coffee.png", mixed / "astronaut.png")
+            (mixed / "bikes.mp4").unlink()
+
+    samples = samples_of(mixed, resolutions=[64, 48, 32, 96, 80, 112])
+    pooling = Meddler()
+    report = build(DatasetCache(tmp_path / "cache"), samples, [pooling], on_bad_sample="skip")
+    assert report.complete
+    reasons = {
+        "astronaut": f"{mixed}/astronaut.png: it has changed since the run looked at it; start again",
+        "bikes": f"{mixed}/bikes.mp4: it cannot be read any more (No such file or directory)",
+    }
+    assert report.unusable
+    for sample, reason in report.unusable.items():
+        assert reason == reasons[sample.key.split("/")[1].split(".")[0]]
+    assert {sample.key for sample in samples} == {*pooling.keys, *(sample.key for sample in report.unusable)}
+    cache = DatasetCache(tmp_path / "cache")
+    for sample in samples:
+        if sample not in report.unusable:
+            cache.read(sample, [pooling])
+        else:
+            with pytest.raises(UserError, match="does not hold"):
+                cache.read(sample, [pooling])
+    with pytest.raises(UserError) as raised:
+        build(cache, samples, [Pooling()])
+    assert str(raised.value).splitlines() == [BROKEN, *(f"  - {reason}" for reason in reasons.values())]
 
 
 def test_a_failing_encoder_keeps_what_it_made(mixed: Path, tmp_path: Path):
@@ -231,52 +267,12 @@ def test_a_cache_that_cannot_be_written(mixed: Path, tmp_path: Path):
         build(DatasetCache(tmp_path / "cache"), samples_of(mixed), [Bytes()])
 
 
-# ── several ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_two_ranks_share_the_work_without_talking(mixed: Path, tmp_path: Path, process_environment: dict[str, str]):
-    folder = tmp_path / "cache"
-    ranks = [worker(process_environment, mixed, folder, "--rank", rank, "--world-size", 2) for rank in range(2)]
-    reports = [json.loads(process.communicate()[0]) for process in ranks]
-    assert all(report["complete"] for report in reports)
-    encoded = [[report["encoders"][place]["encoded"] for report in reports] for place in range(2)]
-    assert encoded == [[4, 4], [2, 2]]
-    samples = samples_of(mixed)
-    build(DatasetCache(tmp_path / "straight"), samples, [Pooling(), Bytes()])
-    assert_same_content(content(folder, samples), content(tmp_path / "straight", samples))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_shares_cover_the_work_and_are_balanced(mixed: Path, world_size: int):
-    encoder = Pooling()
-    inputs = inputs_of(samples_of(mixed, resolutions=[32, 48, 64, 80, 96]), encoder)
-    shares = [share_of(inputs, encoder, rank, world_size) for rank in range(world_size)]
-    assert sorted(key for share in shares for key in share) == sorted(inputs)
-    pixels = {key: sample.bucket.width * sample.bucket.height * sample.bucket.frames for key, sample in inputs.items()}
-    loads = [sum(pixels[key] for key in share) for share in shares]
-    assert max(loads) <= sum(loads) / world_size + max(pixels.values())
-
-
-def test_a_rank_that_never_delivers_is_reported(mixed: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"4 of 8 encoded items are missing in .*look for an error in the other ranks' output"):
-        build(DatasetCache(tmp_path / "cache"), samples_of(mixed), [Pooling()], world_size=2, stall_timeout=0.05)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_build_can_be_stopped(mixed: Path, tmp_path: Path, world_size: int):
-    """Asked to stop while encoding (alone) or while waiting for a rank that is not there."""
+def test_a_build_can_be_stopped(mixed: Path, tmp_path: Path):
     pooling, samples = Pooling(), samples_of(mixed)
-    stop_after = 3 if world_size == 1 else 4
-    report = build(
-        DatasetCache(tmp_path / "cache"),
-        samples,
-        [pooling, Bytes()],
-        world_size=world_size,
-        stop=lambda: len(pooling.keys) >= stop_after,
-    )
+    report = build(DatasetCache(tmp_path / "cache"), samples, [pooling, Bytes()], stop=lambda: len(pooling.keys) >= 3)
     assert not report.complete
-    assert [part.encoded for part in report.encoders] == [stop_after, 0]
-    assert build(DatasetCache(tmp_path / "cache"), samples, [Pooling()]).encoders[0].found == stop_after
+    assert [part.encoded for part in report.encoders] == [3, 0]
+    assert build(DatasetCache(tmp_path / "cache"), samples, [Pooling()]).encoders[0].found == 3
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────

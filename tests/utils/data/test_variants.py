@@ -250,7 +250,7 @@ def samples_of(folder: Path, seed: int | None = 0, **keys) -> list[Sample]:
 
 def build(folder: Path, samples: list[Sample], encoders: list) -> tuple[DatasetCache, BuildReport]:
     cache = DatasetCache(folder)
-    return cache, cache.build(samples, encoders, rank=0, world_size=1, device=torch.device("cpu"))
+    return cache, cache.build(samples, encoders, device=torch.device("cpu"))
 
 
 def test_every_text_is_encoded_once_and_equals_a_fresh_one(varied: Path, tmp_path: Path):
