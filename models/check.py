@@ -75,7 +75,7 @@ def check(loaded: LoadedConfig, page: PageRequest | None = None, stop: Callable[
     if page:
         decode = _Decoder(config, encoders) if page.decode else None
         title = f"{config.run_name}: what the model sees" if config.run_name else "What the model sees"
-        file = write_page(page.folder, title, model, found, items=page.items, decode=decode, stop=stop)
+        file = write_page(page.folder, title, model, found, encoders=encoders, items=page.items, decode=decode, stop=stop)
         log.info("the report is in %s (%.1f MB)", file, file.stat().st_size / 1e6)
     log.info("the config is good")
     return 0

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from utils.data.batches import EpochOrder
 from utils.data.encoders import ConditionEncoder, TokenLength
-from utils.data.media import covering
+from utils.data.media import covering, cropped_share, enlargement
 from utils.data.scan_report import DirectoryReport
 from utils.data.sources import Scan
 from utils.data.values import Bucket, Sample, SizeRules
@@ -21,28 +21,24 @@ class Cut:
 
     box: tuple[float, float, float, float]
     """Left, top, right and bottom, each from 0 to 1 of the file's width or height as it is displayed."""
+    cropped: float
+    """The share of the file's pixels that is not seen, from 0 to 1."""
     scale: float
     """Length of its sides in the bucket over that in the file: above 1 the file is enlarged."""
-
-    @property
-    def cropped(self) -> float:
-        """The share of the file's pixels that is not seen, from 0 to 1."""
-        left, top, right, bottom = self.box
-        return 1 - (right - left) * (bottom - top)
 
 
 def cut_of(sample: Sample) -> Cut | None:
     """None for a sample whose file's size is not known."""
     if sample.original_size is None:
         return None
-    width, height = sample.original_size
-    left, top, right, bottom = sample.framing.box or (0, 0, width, height)
-    target = (sample.bucket.width, sample.bucket.height)
-    cover = covering((right - left, bottom - top), target)
+    size, target = sample.original_size, (sample.bucket.width, sample.bucket.height)
+    cover = covering(size, target, sample.framing)
+    left, top, right, bottom = cover.box or (0, 0, *size)
     across, down = (right - left) / cover.width, (bottom - top) / cover.height
-    x, y = sample.framing.x * (cover.width - target[0]), sample.framing.y * (cover.height - target[1])
-    box = (left + x * across, top + y * down, left + (x + target[0]) * across, top + (y + target[1]) * down)
-    return Cut((box[0] / width, box[1] / height, box[2] / width, box[3] / height), max(1 / across, 1 / down))
+    left, top = left + cover.left * across, top + cover.top * down
+    right, bottom = left + target[0] * across, top + target[1] * down
+    box = (left / size[0], top / size[1], right / size[0], bottom / size[1])
+    return Cut(box, cropped_share(size, target, sample.framing), enlargement(size, target, sample.framing))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from jinja2 import Environment
 
+from utils.data.encoders import ConditionEncoder
 from utils.data.progress import ProgressLog
 from utils.data.values import Bucket, Sample
 from utils.errors import UserError
 from utils.report.findings import BucketFindings, Cut, DataFindings
-from utils.report.pictures import Decode, Shown, decoded_of, evenly, shown_of
+from utils.report.pictures import Decode, Eyes, Shown, decoded_of, evenly
 from utils.report.tables import Summary, number, percent, summary
 from utils.stopping import Stopped
 
@@ -99,11 +100,15 @@ def write_page(
     model: str,
     found: Sequence[DataFindings],
     *,
+    encoders: Sequence[ConditionEncoder],
     items: int | None,
     decode: Decode | None = None,
     stop: Callable[[], str] = lambda: "",
 ) -> Path:
-    """Write ``index.html`` and return its path.  ``items``: samples of each bucket that are shown; None: all.
+    """Write ``index.html`` and return its path.
+
+    ``encoders``: those of the run, of which it is shown what they are given.  ``items``: samples of each bucket that are shown;
+    None: all.
 
     ``decode``: show what is in the cache, too.  ``stop`` is asked after each sample; with a reason to stop Stopped is raised, and
     a page that was there stays.  Raises UserError if it cannot be written.
@@ -112,6 +117,7 @@ def write_page(
     def shown_in(part: BucketFindings) -> list[Sample]:
         return [part.samples[place] for place in evenly(len(part.samples), items or len(part.samples))]
 
+    eyes = Eyes(encoders)
     progress = ProgressLog("drawing the report", sum(len(shown_in(part)) for data in found for part in data.buckets))
     drawn = 0
 
@@ -121,7 +127,7 @@ def write_page(
 
     def cards(data: DataFindings, samples: list[Sample]) -> Iterator[Card]:
         nonlocal drawn
-        for sample, shown in shown_ahead(samples, data, pool):
+        for sample, shown in shown_ahead(samples, data, eyes, pool):
             if reason := stop():
                 raise Stopped(reason)
             if decode and not shown.problem:
@@ -148,14 +154,16 @@ def write_page(
     return page
 
 
-def shown_ahead(samples: Sequence[Sample], data: DataFindings, pool: ThreadPoolExecutor) -> Iterator[tuple[Sample, Shown]]:
+def shown_ahead(
+    samples: Sequence[Sample], data: DataFindings, eyes: Eyes, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Sample, Shown]]:
     """The samples with their pictures, in order; a few are read ahead."""
     waiting: deque[tuple[Sample, Future[Shown]]] = deque()
     todo = deque(samples)
     while todo or waiting:
         while todo and len(waiting) < 2 * THREADS:
             sample = todo.popleft()
-            waiting.append((sample, pool.submit(shown_of, sample, data.cuts.get(sample.key))))
+            waiting.append((sample, pool.submit(eyes.look, sample, data.cuts.get(sample.key))))
         sample, future = waiting.popleft()
         yield sample, future.result()
 

@@ -2,13 +2,17 @@
 
 import base64
 import io
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from utils.data.cache.keys import Input
+from utils.data.cache.reading import ItemReader
+from utils.data.encoders import ConditionEncoder
+from utils.data.masks import MaskEncoder, has_mask
 from utils.data.media import MediaError, load_pixels
 from utils.data.values import Bucket, Sample
 from utils.report.findings import Cut
@@ -20,7 +24,7 @@ LONG_SIDE_OF_FRAMES = 200
 LONG_SIDE_OF_ORIGINALS = 112
 FRAMES = 6
 """Frames that are shown of a clip, at most: the first, the last, and some between them, evenly spaced."""
-QUALITY = 88
+QUALITY = 90
 NO_LOSS = np.array([214, 40, 90], dtype=np.float32)
 """What lies over the parts where the loss does not count."""
 
@@ -58,26 +62,44 @@ class Shown:
     """Why there are no pictures."""
 
 
-def shown_of(sample: Sample, crop: Cut | None) -> Shown:
-    """What the model sees of a sample, in the pixels that its encoders are given."""
-    shown = Shown(crop=crop)
-    try:
-        pixels = load_pixels(
-            sample.file, sample.bucket, sample.fps, sample.first_frame, framing=sample.framing, reading=sample.reading
-        )
-        shown.strips.append(Strip("as the model sees it", frames_of(pixels, sample)))
-        if sample.mask:
-            shown.strips.append(Strip("the loss counts where it is not red", frames_of(pixels, sample, _mask(sample, pixels))))
-        if sample.controls:
-            made = [picture_of(_still(control.file, sample), LONG_SIDE_OF_FRAMES, control.file.name) for control in sample.controls]
-            shown.strips.append(Strip("control pictures" if len(made) > 1 else "control picture", made))
-        for which, given in sample.known_frames:
-            made = picture_of(_still(given.file, sample), LONG_SIDE_OF_FRAMES, given.file.name)
-            shown.strips.append(Strip(f"given {which} frame", [made]))
-        shown.original = _original(sample)
-    except MediaError as error:  # its file's path is not for the page
-        shown.problem = f"{error.file.name}: {error.reason}"
-    return shown
+class Eyes:
+    """Looks at samples as the cache does: at what the run's encoders are given, file by file as it is read for them."""
+
+    def __init__(self, encoders: Sequence[ConditionEncoder]):
+        self._reader = ItemReader()
+        looking = [encoder for encoder in encoders if encoder.reads != "caption"]
+        whole = [encoder for encoder in looking if "pixels" in encoder.reads and encoder.max_frames is None]
+        self._encoders = [*whole[:1], *[encoder for encoder in looking if "controls" in encoder.reads][:1]]
+        seen = {frame for encoder in self._encoders for frame in encoder.known_frames}
+        self._encoders += [encoder for encoder in looking if not seen.issuperset(encoder.known_frames)]
+
+    def look(self, sample: Sample, crop: Cut | None) -> Shown:
+        """What the model sees of a sample, in the pixels that its encoders are given."""
+        shown = Shown(crop=crop)
+        masks = [MaskEncoder()] if has_mask(sample) else []
+        try:
+            items = [self._reader.item(Input(sample, sample.caption), encoder) for encoder in [*self._encoders, *masks]]
+            pixels = next(item.pixels for item in items if item.pixels is not None)
+            shown.strips.append(Strip("as the model sees it", frames_of(pixels, sample)))
+            for item in items:
+                if item.mask is not None:
+                    shown.strips.append(Strip("the loss counts where it is not red", frames_of(pixels, sample, item.mask)))
+            controls = next((item.controls for item in items if item.controls), ())
+            if controls:
+                made = [
+                    picture_of(pixels[:, 0], LONG_SIDE_OF_FRAMES, control.file.name)
+                    for pixels, control in zip(controls, sample.controls, strict=True)
+                ]
+                shown.strips.append(Strip("control pictures" if len(made) > 1 else "control picture", made))
+            given = {frame: pixels for item in items for frame, pixels in item.known_frames.items()}
+            for frame, control in sample.known_frames:
+                if frame in given:
+                    made = picture_of(given[frame][:, 0], LONG_SIDE_OF_FRAMES, control.file.name)
+                    shown.strips.append(Strip(f"given {frame} frame", [made]))
+            shown.original = _original(sample)
+        except MediaError as error:  # its file's path is not for the page
+            shown.problem = f"{error.file.name}: {error.reason}"
+        return shown
 
 
 def decoded_of(sample: Sample, decode: Decode) -> Strip:
@@ -120,17 +142,6 @@ def evenly(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(place * (count - 1) / (most - 1)) for place in range(most)] if most > 1 else [0]
-
-
-def _still(file, sample: Sample) -> Tensor:
-    """A picture that belongs to a sample, [3, height, width]."""
-    return load_pixels(file, replace(sample.bucket, frames=1), framing=sample.framing, reading=sample.reading)[:, 0]
-
-
-def _mask(sample: Sample, pixels: Tensor) -> Tensor:
-    """[1, frames, height, width] in [0, 1]."""
-    still = (_still(sample.mask.file, sample).mean(0, keepdim=True) + 1) / 2
-    return still[:, None].expand(-1, pixels.shape[1], -1, -1)
 
 
 def _original(sample: Sample) -> Picture | None:

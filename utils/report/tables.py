@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from utils.data.masks import has_mask
 from utils.data.scan_report import FOLDERS, HIDDEN, DirectoryReport
 from utils.report.findings import CaptionFindings, DataFindings, item_of
 
@@ -87,7 +88,7 @@ def _counts(data: DataFindings, parts: Sequence[DirectoryReport]) -> list[str]:
         str(sum(part.clips for part in parts)),
         str(len(samples)),
         number(sum(sample.repeats for sample in samples)),
-        str(sum(sample.mask is not None or sample.alpha_mask for sample in samples)),
+        str(sum(map(has_mask, samples))),
         str(sum(bool(sample.controls) for sample in samples)),
         str(sum(part.uncaptioned for part in parts)),
         percent(sum(cropped) / len(cropped)) if cropped else "",

@@ -132,6 +132,6 @@ def levels(pixels) -> np.ndarray:
 
 
 def difference(picture: np.ndarray, expected: np.ndarray) -> float:
-    """Mean absolute difference in levels; what JPEG does to real pictures at the page's quality is below 3."""
+    """Mean absolute difference in levels; what JPEG does to real pictures at the page's quality is below 4."""
     assert picture.shape == expected.shape, (picture.shape, expected.shape)
     return float(np.abs(picture.astype(np.float32) - expected).mean())
