@@ -125,7 +125,7 @@ class Stopper:
     def connect(self, tell: Callable[[str, str], None], place: str) -> None:
         """``tell(wish, reason)`` tells the other ranks, at once of what this one was asked before; any thread may call it.
 
-        ``place`` is added to this process's own reasons, for the others: `` on rank 3``.
+        ``place`` is added to this process's own reasons to stop, for the others: `` on rank 3``.
         """
         self._tell, self._place = tell, place
         for wish in list(self._own):
@@ -142,7 +142,7 @@ class Stopper:
         self._tell(wish, self._reason(wish))
 
     def _reason(self, wish: str) -> str:
-        return self._own[wish] + self._place
+        return self._own[wish] + (self._place if wish == "stop" else "")
 
     def hear(self, wish: str, reason: str) -> None:
         """Another rank was asked."""

@@ -208,13 +208,10 @@ class Watchdog:
     def _notice(self, now: float) -> None:
         """Say whom rank 0 has been waiting for."""
         since = self._waits_since
-        if since is not None and now - max(since, self._noticed) > NOTICE_SECONDS:
+        if self.topology.is_main and since is not None and now - max(since, self._noticed) > NOTICE_SECONDS:
             self._noticed = now
-            log.warning(
-                "%.0f minutes of waiting: %s",
-                (now - since) / 60,
-                ", ".join(self._elsewhere()[:NAMED_RANKS]) or "all ranks are there",
-            )
+            others = ", ".join(self._elsewhere()[:NAMED_RANKS]) or "all ranks are there"
+            log.warning("%.0f minutes of waiting: %s", (now - since) / 60, others)
 
     def _elsewhere(self) -> list[str]:
         """The connected ranks that are not where this one is, with their places."""

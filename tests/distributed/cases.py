@@ -83,10 +83,10 @@ class Result:
         return [float.fromhex(norm) for _, norm, _ in self.steps]
 
 
-def selected(request: pytest.FixtureRequest, parameter: str) -> set[object]:
-    """The values of a parameter in the tests of this module that are going to run."""
+def selected(request: pytest.FixtureRequest) -> list[dict[str, object]]:
+    """The parameters of the tests of this module that are going to run."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    return {item.callspec.params[parameter] for item in items if parameter in item.callspec.params}
+    return [item.callspec.params for item in items]
 
 
 class Cases:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -36,11 +37,18 @@ from utils.trained import Trained
 GLOBAL_BATCH = 4
 
 
+@cache
+def open_model(settings: str) -> ModelFamily:
+    """The family of a case, opened once for all processes that are forked afterwards."""
+    options = json.loads(settings)
+    Family = load_family(options["type"])
+    return Family(Family.Options.model_validate(options))
+
+
 def open_case(settings: dict) -> tuple[ModelFamily, ModuleType, AdapterManager | None]:
     """The family, its reference in the tests, and the adapter of a case."""
     name = settings["model"]["type"]
-    Family = load_family(name)
-    family = Family(Family.Options.model_validate(settings["model"]))
+    family = open_model(json.dumps(settings["model"]))
     adapter = AdapterManager(AdapterConfig(**settings["adapter"]), family.adapter_targets) if settings["adapter"] else None
     return family, importlib.import_module(f"tests.models.{name}.reference"), adapter
 
@@ -165,10 +173,12 @@ def meet(folder: Path) -> None:
 def main() -> None:
     """Each case in a process of its own, forked from this one, or the groups of all of them would stay open."""
     for file in sorted(Path(sys.argv[1]).glob("*/settings.json")):
+        settings = json.loads(file.read_text())
+        open_case(settings)
         pid = os.fork()
         if pid == 0:
             meet(file.parent)
-            run_case(json.loads(file.read_text()), file.parent)
+            run_case(settings, file.parent)
             return
         if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
             sys.exit(f"{file.parent.name} ended with {code}")

@@ -25,6 +25,7 @@ def import_everything() -> None:
         if module.ispkg and module.name != "common":
             models.load_family(module.name)
             importlib.import_module(f"tests.models.{module.name}.reference")
+    importlib.import_module("torch.utils.tensorboard")
     # The first look at this attribute probes every operation of DeepSpeed.
     getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__")  # noqa: B009
 

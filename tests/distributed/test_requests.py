@@ -2,9 +2,16 @@
 
 import json
 
+import pytest
+
+import train
+from models import load_family
 from tests.distributed.harness import world
 from tests.distributed.test_run import steps_of
 from tests.distributed.test_stopping import lines_of
+from utils.config.load import load_config
+from utils.data.cache import DatasetCache
+from utils.stopping import DONE, RUN_AGAIN, Stopped, Stopper
 
 EVALUATED = 30
 
@@ -59,3 +66,16 @@ def test_files_ask_for_a_checkpoint_an_export_and_the_end(workspace, tiny):
     assert f"continuing from step {last}" in said
     assert made()["export"][-1] == made()["checkpoint"][-1] == steps_of(run)[-1]["step"] == last + 1
     assert is_done()
+
+
+def test_the_look_at_the_data_ends_as_it_was_asked_to(workspace, tiny, copied_clips, monkeypatch):
+    """The first look at a large data set takes long: it reads every file."""
+    workspace.dataset.write_text(f"resolutions = [48]\n[[directory]]\npath = {str(copied_clips)!r}\n")
+    loaded = load_config(workspace.config("run", tiny("wan-t2v")), lambda name: load_family(name).Options)
+    family = load_family("wan")(loaded.run.model)
+    for ask, exit_code in ((("the file request-stop", "finish"), DONE), (("SIGTERM", "stop"), RUN_AGAIN)):
+        monkeypatch.setattr(train, "stopper", Stopper())
+        train.stopper.ask(*ask)
+        with pytest.raises(Stopped, match=ask[0]) as stopped:
+            train.scan_all(loaded, family, DatasetCache(workspace.folder / "cache"))
+        assert stopped.value.exit_code == exit_code

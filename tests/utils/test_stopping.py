@@ -43,7 +43,7 @@ def test_what_was_asked_before_there_was_a_line_is_told_when_there_is_one():
 
 def test_an_end_for_good_is_another_wish_and_a_signal_goes_before_it():
     stopper, told, done = Stopper(), [], []
-    stopper.connect(lambda *wish: told.append(wish), "")
+    stopper.connect(lambda *wish: told.append(wish), " on rank 0")
     stopper.ask("a file", "finish", obeyed=lambda: done.append("removed"))
     assert stopper.asked() == "a file"
     assert Stopped.by(stopper.wishes()).exit_code == DONE

@@ -16,7 +16,7 @@ from utils.data.clips import clip_frames, clip_size, look_at_clip, upright
 from utils.data.files import DataFile, MediaError
 from utils.data.framing import Covering, FramingError, covering, cropped_share, enlargement, framing_for, is_upscaled
 from utils.data.pictures import is_animated, look_at_picture, read_animation, read_picture
-from utils.data.resampling import Timeline, nearest
+from utils.data.resampling import nearest
 from utils.data.values import AS_IT_IS, CENTRE, Bucket, Framing, Reading
 
 __all__ = [

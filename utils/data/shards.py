@@ -134,7 +134,7 @@ def index_names(folder: Path) -> list[str]:
     """The names of the indexes in a folder, sorted; none if there is no such folder."""
     try:
         names = [entry.name for entry in os.scandir(folder)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if name.endswith(".json") and name != ABOUT and not name.startswith("."))
 
