@@ -1,4 +1,4 @@
-"""The page of ``--report``: its pictures are what encoders are given, its texts are those of the data, and it needs nothing else."""
+"""The page of ``--report``: its pictures are what encoders are given, its texts those of the data, and it needs nothing else."""
 
 import shutil
 from dataclasses import replace
