@@ -4,10 +4,12 @@ The meaning is diffusion-pipe's: resolutions x aspect ratios x numbers of frames
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from utils.config.schema import DatasetConfig, DirectoryConfig
+from utils.config.dataset import DatasetConfig, DirectoryConfig
+from utils.data.lists import has_list
 from utils.data.media import MediaInfo, frames_at
 from utils.data.values import ANY_CONTROLS, Bucket, ControlRules, SizeRules
 
@@ -19,6 +21,8 @@ def settings_for(dataset: DatasetConfig, directory: DirectoryConfig) -> DatasetC
         own.setdefault("size_buckets", None)  # or the dataset's explicit sizes would go before the directory's resolutions
     if own.keys() & {"min_ar", "max_ar", "num_ar_buckets"}:
         own.setdefault("ar_buckets", None)  # likewise
+    if directory.is_reg:
+        own["trigger_word"] = ""  # what is to be kept is not what the word stands for
     return dataset.model_copy(update=own)
 
 
@@ -38,40 +42,68 @@ def buckets_for(settings: DatasetConfig, rules: SizeRules) -> list[list[Bucket]]
     return groups
 
 
-def assign(info: MediaInfo, buckets: list[Bucket], rules: SizeRules, fps: float | None) -> Bucket | str:
-    """The bucket for an item among those of one resolution, or why there is none.
+class Chooser:
+    """Chooses among the buckets of one resolution."""
 
-    A picture goes into the buckets of one frame, a clip (as long as it is at ``fps``) into the longest that it fills, both into
-    the nearest aspect ratio, measured by its logarithm.
-    """
-    if info.fps is None:
-        fitting = [bucket for bucket in buckets if bucket.frames == 1]
-        if not fitting:
-            return "a picture, and there is no bucket of 1 frame"
-    elif rules.frame_step is None or fps is None:
-        return "a clip, and this model takes pictures only"
-    else:
-        lengths = [bucket.frames for bucket in buckets if bucket.frames > 1]
-        if not lengths:
+    def __init__(self, buckets: list[Bucket], rules: SizeRules, fps: float | None, no_upscale: bool = False):
+        self.rules, self.fps, self.no_upscale = rules, fps, no_upscale
+        # Of one aspect ratio the longest goes first, and of these the largest.
+        shapes = [
+            (math.log(bucket.width / bucket.height), -bucket.frames, -bucket.width * bucket.height, bucket) for bucket in buckets
+        ]
+        self._pictures = [shape for shape in shapes if shape[-1].frames == 1]
+        self._clips = [shape for shape in shapes if shape[-1].frames > 1]
+
+    def choose(self, info: MediaInfo, size: tuple[int, int] | None = None) -> Bucket | str:
+        """The bucket for an item, or why there is none.  ``size``: (width, height) of the part that is used; None: all of it.
+
+        A picture goes into the buckets of one frame, a clip (as long as it is at ``fps``) into the longest that it fills, both into
+        the nearest aspect ratio, measured by its logarithm.  With ``no_upscale`` what is smaller gets a smaller bucket.
+        """
+        if info.fps is None:
+            fitting = self._pictures
+            if not fitting:
+                return "a picture, and there is no bucket of 1 frame"
+        elif self.rules.frame_step is None or self.fps is None:
+            return "a clip, and this model takes pictures only"
+        elif not self._clips:
             return "a clip, and there is no bucket of more than 1 frame"
-        available = frames_at(info, fps)
-        fitting = [bucket for bucket in buckets if 1 < bucket.frames <= available]
-        if not fitting:
-            return f"too short: {available} frames at {fps:g} fps, and the shortest bucket has {min(lengths)}"
-    wanted = math.log(info.width / info.height)
+        else:
+            available = frames_at(info, self.fps)
+            fitting = [shape for shape in self._clips if -shape[1] <= available]
+            if not fitting:
+                shortest = min(-shape[1] for shape in self._clips)
+                return f"too short: {available} frames at {self.fps:g} fps, and the shortest bucket has {shortest}"
+        width, height = size or (info.width, info.height)
+        wanted = math.log(width / height)
+        # Rounded, so that sizes of one aspect ratio tie.
+        bucket = min(fitting, key=lambda shape: (round(abs(shape[0] - wanted), 9), *shape[1:3]))[-1]
+        return self._shrunk(bucket, width, height) if self.no_upscale else bucket
 
-    def misfit(bucket: Bucket) -> tuple[float, int, int]:
-        # Rounded, so that sizes of one aspect ratio tie; then the longest goes first, and of these the largest.
-        return round(abs(math.log(bucket.width / bucket.height) - wanted), 9), -bucket.frames, -bucket.width * bucket.height
-
-    return min(fitting, key=misfit)
+    def _shrunk(self, bucket: Bucket, width: int, height: int) -> Bucket | str:
+        """The bucket, or the largest of about its shape and of sides that the model takes for which nothing is enlarged."""
+        scale = min(width / bucket.width, height / bucket.height)
+        if scale >= 1:
+            return bucket
+        multiple = self.rules.multiple
+        sides = [
+            min(round(side * scale / multiple), has // multiple) * multiple
+            for side, has in ((bucket.width, width), (bucket.height, height))
+        ]
+        if 0 in sides:
+            return f"too small: {width}x{height} pixels, and without enlarging it no bucket of {multiple}x{multiple} is filled"
+        return Bucket(*sides, bucket.frames)
 
 
 def problems(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules = ANY_CONTROLS) -> list[str]:
     """Settings that this model cannot be trained with, each with its key, the value, and what is allowed."""
     found: dict[str, None] = {}
+    if all(directory.is_reg for directory in dataset.directory):
+        found["is_reg: every [[directory]] is a regularisation set, and there is none to train on; remove it from one of them"] = (
+            None
+        )
     for directory in dataset.directory:
-        if problem := _control_problem(directory, controls):
+        for problem in filter(None, (_control_problem(directory, controls), *_directory_problems(directory, rules))):
             found[f"[[directory]] {directory.path}: {problem}"] = None
         for key, problem in _problems(settings_for(dataset, directory), rules):
             is_own = any(getattr(directory, part, None) is not None for part in key.split(", "))
@@ -113,9 +145,20 @@ def _shape_problem(shape: list[int], multiple: int) -> str | None:
     return f"{list(shape)}: this model takes widths and heights that are multiples of {multiple} (nearest: {nearest})"
 
 
+def _directory_problems(directory: DirectoryConfig, rules: SizeRules) -> Iterator[str]:
+    for end in ("first", "last"):
+        key = f"{end}_frame_path"
+        if (path := getattr(directory, key)) is not None and end not in rules.known_frames:
+            shown = " and ".join(rules.known_frames) or "no"
+            yield f"{key} = {str(path)!r}: this model is shown {shown} frame of a clip; remove the key"
+    if directory.is_reg and directory.trigger_word:
+        yield f"trigger_word = {directory.trigger_word!r}: is_reg = true adds no trigger word; remove one of them"
+
+
 def _control_problem(directory: DirectoryConfig, controls: ControlRules) -> str | None:
     number = len(directory.control_paths)
-    if controls.allows(number):
+    # What a list says of its files is known when it is read.
+    if controls.allows(number) or (not (controls.most == 0 and number) and has_list(directory.path)):
         return None
     given = f"control_path names {number} folder{'s' * (number != 1)}" if number else "there is no control_path"
     advice = "remove the key" if controls.most == 0 else "name as many folders, each with one control picture for each item"

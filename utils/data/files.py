@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from utils.errors import UserError
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(name: str) -> str:
+    """A file's name on one line that UTF-8 can hold: line ends and bytes that are no text are written as codes."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,7 +54,7 @@ class DataFile:
         return io.BufferedReader(_Member(self))
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else str(self.path)
+        return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
 
 
 def content_of(file: DataFile) -> str:

@@ -39,7 +39,7 @@ class DirectoryReport:
     buckets: Counter[Bucket] = field(default_factory=Counter)
     """Samples in each bucket."""
     unused: dict[str, str] = field(default_factory=dict)
-    """Files without any sample although nothing is wrong with them, and why: no bucket takes them, for example."""
+    """Files without any sample although nothing is wrong with them, and why: no bucket takes them, a link leads in a circle."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Files that cannot be used, and why.  Only with ``on_bad_sample = "skip"``; otherwise they end the run."""
     uncaptioned: int = 0

@@ -1,33 +1,35 @@
-"""The pictures and clips of a data set, with their captions: what is there, what is wrong with it, and which bucket each gets."""
+"""The pictures and clips of a data set: what is there, what is wrong with it, and the samples that are made of it."""
 
-import hashlib
-import json
+import gc
 import logging
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.buckets import assign, buckets_for, problems, settings_for
-from utils.data.captions import read_folder
-from utils.data.files import DataFile
-from utils.data.media import CLIPS, PICTURES, MediaError, MediaInfo, frames_at, is_clip, probe
-from utils.data.progress import ProgressLog
+from PIL import ImageColor
+
+from utils.config.dataset import DatasetConfig, DirectoryConfig
+from utils.data.buckets import Chooser, buckets_for, problems, settings_for
+from utils.data.captions import read_captions
+from utils.data.clip_parts import first_frames, left_over
+from utils.data.conditions import add_conditions, check_conditions
+from utils.data.files import MediaError, printable
+from utils.data.framing import cropped_share, enlargement
+from utils.data.listing import Found, Item, Listing, Problems
+from utils.data.looks import FileMemory, Look, Wanted, look_at_all
+from utils.data.media import MediaInfo, frames_at
+from utils.data.places import list_directory
+from utils.data.repeats import as_fraction, factors
 from utils.data.scan_report import MAX_LISTED, DirectoryReport, ScanReport, count
-from utils.data.shards import write_atomically
-from utils.data.values import ANY_CONTROLS, Bucket, Caption, Control, ControlRules, Sample, SizeRules
-from utils.data.variants import first_caption, variants
+from utils.data.values import ANY_CONTROLS, CENTRE, Bucket, Caption, Control, ControlRules, Framing, Reading, Sample, SizeRules
+from utils.data.variants import first_caption, may_vary, variants
+from utils.draw import seed_from
 from utils.errors import UserError, listed
-from utils.stopping import Stopped
 
 log = logging.getLogger(__name__)
-
-NUM_THREADS = 8
-_MEMORY_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -48,253 +50,326 @@ def scan(
 ) -> Scan:
     """Look at every file of the data set and make the samples.
 
-    Each file is hashed and probed once and then known by path, size and time of change, in the small file ``hash_cache``.
-    ``caption_seed``: the seed that the samples' caption variants are drawn with; None, for evaluation: the first caption alone.
+    Each file is hashed and probed once and then known again as long as it does not change, by the small file ``hash_cache``.
+    ``caption_seed``: the seed that the samples' caption variants and random crops are drawn with; None, for evaluation: the first
+    caption alone, and crops that are the same in every run.
     Raises UserError, before any file is read, for settings that the model cannot take; then one with everything that is wrong:
-    missing folders and captions, captions without a file, files that do not decode, nothing left to train on.  A file that no
-    bucket takes is a warning.  ``stop`` is asked after each new file; with a reason to stop, what was looked at is remembered and
-    Stopped raised.
+    places that cannot be read and, unless ``on_bad_sample`` is ``skip``, files that cannot be used; then if nothing is left to
+    train on.  A file that no bucket takes is a warning.  ``stop`` is asked after each new file; with a reason to stop, what was
+    looked at is remembered and Stopped raised.
     """
     if impossible := problems(dataset, rules, controls):
         raise UserError(listed(impossible, "the dataset does not fit the model:"))
-    wrong: list[str] = []
+    with _no_collection():
+        return _scan(dataset, rules, hash_cache, controls, caption_seed, stop)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector looks at all objects again whenever there are so many more.  These ones stay: it would find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _scan(
+    dataset: DatasetConfig,
+    rules: SizeRules,
+    hash_cache: Path | None,
+    controls: ControlRules,
+    caption_seed: int | None,
+    stop: Callable[[], str],
+) -> Scan:
     names: list[str] = []
-    listings: list[_Listing] = []
     for index, directory in enumerate(dataset.directory):
         # A second folder of the same name gets its place in the file, so that keys stay unique.
-        name = directory.path.resolve().name
+        name = printable(directory.path.resolve().name)
         while name in names:
             name = f"{name}[{index}]"
         names.append(name)
-        listings.append(_list(directory, settings_for(dataset, directory), wrong))
-    paths = {path for listing in listings for path in listing.captions}
-    paths |= {control for listing in listings for controls in listing.controls.values() for control in controls}
-    looks = _look_at_all(sorted(paths), hash_cache, wrong, stop)
-    if wrong:
-        more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
-        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {count(len(wrong), 'problem')}:"))
-
+    parts = [
+        _Part.read(name, directory, settings_for(dataset, directory), rules, controls)
+        for name, directory in zip(names, dataset.directory, strict=True)
+    ]
+    looks = look_at_all((wanted for part in parts for wanted in part.wanted()), FileMemory(hash_cache), stop)
+    for part in parts:
+        part.check(looks)
+    _refuse(parts, skip=dataset.on_bad_sample == "skip")
+    for part in parts:
+        part.plan(rules)
+    totals = [part.total for part in parts]
+    scales = factors(totals, [part.directory.is_reg for part in parts], dataset.sampling_temperature)
     samples: list[Sample] = []
-    reports: list[DirectoryReport] = []
-    for name, directory, listing in zip(names, dataset.directory, listings, strict=True):
-        settings = settings_for(dataset, directory)
-        report = DirectoryReport(
-            name,
-            directory.path,
-            num_repeats=settings.num_repeats,
-            controls=len(directory.control_paths),
-            uncaptioned=listing.uncaptioned,
-            ignored=listing.ignored,
-        )
-        reports.append(report)
-        samples += _samples(settings, rules, listing, looks, caption_seed, report)
-        _warn_of_unused(report)
-    if not samples:
-        raise UserError(
-            "the data set is empty: nothing in it can be trained on. Add captioned files, or frame_buckets that fit them. Found:\n"
-            + "\n".join(ScanReport(reports).lines())
-        )
-    return Scan(sorted(samples, key=lambda sample: sample.key), ScanReport(reports))
+    for part, total, scale in zip(parts, totals, scales, strict=True):
+        part.report.shown = total * scale
+        samples += part.samples(scale, caption_seed)
+        _warn_of_unused(part.report)
+    report = ScanReport([part.report for part in parts], _duplicates(parts))
+    if not any(part.report.samples for part in parts if not part.directory.is_reg):
+        what = "the data set is empty: nothing in it can be trained on"
+        if samples:
+            what = "only the regularisation sets (is_reg) have anything that can be trained on"
+        raise UserError(f"{what}. Add captioned files, or frame_buckets that fit them. Found:\n" + "\n".join(report.lines()))
+    return Scan(sorted(samples, key=lambda sample: sample.key), report)
 
 
-def _samples(
-    settings: DatasetConfig,
-    rules: SizeRules,
-    listing: "_Listing",
-    looks: dict[Path, "_Look"],
-    caption_seed: int | None,
-    report: DirectoryReport,
-) -> list[Sample]:
-    """The samples of one directory: one for each file and resolution."""
-    fps = settings.fps or rules.fps
-    groups = buckets_for(settings, rules)
-    samples = []
-    for path, captions in listing.captions.items():
-        look = looks[path]
-        first = first_caption(captions, settings)
-        texts: tuple[Caption, ...] = ()
-        if caption_seed is not None:
-            texts = variants(captions, f"{report.name}/{path.name}", caption_seed, settings)
-        report.clips += is_clip(DataFile(path))
-        report.pictures += not is_clip(DataFile(path))
-        assigned = [assign(look.info, group, rules, fps) for group in groups]
-        buckets = sorted({bucket for bucket in assigned if isinstance(bucket, Bucket)})
-        if not buckets:
-            report.unused[path.name] = str(assigned[0])
-        for bucket in buckets:
-            report.buckets[bucket] += 1
-            samples.append(
-                Sample(
-                    key=f"{report.name}/{path.name}@{bucket}",
-                    file=DataFile(path),
-                    content=look.content,
-                    caption=first,
-                    bucket=bucket,
-                    fps=fps if is_clip(DataFile(path)) else None,
-                    first_frame=_first_frame(settings, look.info, bucket, fps),
-                    repeats=Fraction(str(settings.num_repeats)),
-                    controls=tuple(Control(DataFile(control), looks[control].content) for control in listing.controls[path]),
-                    original_size=(look.info.width, look.info.height),
-                    captions=texts if [text.text for text in texts] != [first] else (),
-                    caption_dropout=settings.caption_dropout if caption_seed is not None else 0.0,
-                )
-            )
-    return samples
-
-
-def _first_frame(settings: DatasetConfig, info: MediaInfo, bucket: Bucket, fps: float | None) -> int:
-    """Where the sample begins in its clip."""
-    if settings.video_clip_mode == "single_beginning" or info.fps is None:
-        return 0
-    return (frames_at(info, fps) - bucket.frames) // 2
+def _refuse(parts: "list[_Part]", skip: bool) -> None:
+    """Raise for what is wrong, or with ``skip`` leave the files out that cannot be used, and name all of them."""
+    wrong = [line for part in parts for line in part.problems.whole]
+    files = [line for part in parts for line in part.problems.lines()[len(part.problems.whole) :]]
+    if wrong or (files and not skip):
+        wrong += files
+        more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+        hint = ' (on_bad_sample = "skip" trains without the files that have one)' if files and not skip else ""
+        raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {count(len(wrong), 'problem')}{hint}:"))
+    if files:
+        log.warning(listed(files, f"{count(len(files), 'file')} cannot be used, and the run goes without:"))
+    for part in parts:
+        part.report.skipped = {printable(name): reason for name, (_, reason) in part.problems.files.items()}
 
 
 def _warn_of_unused(report: DirectoryReport) -> None:
     if report.unused:
         named = [f"{name}: {reason}" for name, reason in report.unused.items()]
         more = [f"and {len(named) - MAX_LISTED} more"] if len(named) > MAX_LISTED else []
-        log.warning(listed(named[:MAX_LISTED] + more, f"{report.path}: {count(len(named), 'file')} cannot be used:"))
+        place = printable(str(report.path))
+        log.warning(listed(named[:MAX_LISTED] + more, f"{place}: {count(len(named), 'file')} cannot be used:"))
 
 
-# ── what lies in a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def _duplicates(parts: "list[_Part]") -> list[list[str]]:
+    """Different files of the same content; a file of two directories is none."""
+    places: dict[str, dict[str, str]] = {}
+    for part in parts:
+        for item, look in part.looks:
+            places.setdefault(look.content, {}).setdefault(item.found.identity, f"{part.name}/{item.name}")
+    return sorted(sorted(names.values()) for names in places.values() if len(names) > 1)
 
 
-@dataclass(frozen=True)
-class _Listing:
-    captions: dict[Path, tuple[Caption, ...]]
-    """Pictures and clips with their captions."""
-    uncaptioned: int
-    """Those that have an empty one because there is none."""
-    controls: dict[Path, list[Path]]
-    """For each of them its control pictures, one from each folder of ``control_path``."""
-    ignored: Counter[str]
+# ── one directory ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _list(directory: DirectoryConfig, settings: DatasetConfig, wrong: list[str]) -> _Listing:
-    """The files of one folder, not of those in it; what is wrong is added to ``wrong``."""
-    media: list[Path] = []
-    texts: list[Path] = []
-    others: dict[str, Path] = {}
-    ignored: Counter[str] = Counter()
-    try:
-        entries = sorted(directory.path.iterdir())
-    except OSError as error:
-        wrong.append(
-            f"[[directory]] path = {str(directory.path)!r}: the folder cannot be read ({error.strerror}); correct the path"
+@dataclass(slots=True)
+class _Planned:
+    """A sample that is not made yet."""
+
+    item: Item
+    look: Look
+    bucket: Bucket
+    first_frame: int
+    part: int
+    """Which part of its clip it is, from 0."""
+    repeats: Fraction
+
+
+@dataclass
+class _Part:
+    """One ``[[directory]]`` on the way from its files to its samples."""
+
+    name: str
+    directory: DirectoryConfig
+    settings: DatasetConfig
+    listing: Listing
+    captions: dict[str, tuple[Caption, ...]]
+    reading: Reading
+    fps: float | None
+    problems: Problems
+    report: DirectoryReport
+    looks: list[tuple[Item, Look]] = field(default_factory=list)
+    """Items that can be used."""
+    conditions: dict[str, Look] = field(default_factory=dict)
+    """What belongs to them, by ``Wanted.key``."""
+    planned: list[_Planned] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls, name: str, directory: DirectoryConfig, settings: DatasetConfig, rules: SizeRules, controls: ControlRules
+    ) -> "_Part":
+        """What lies there, with captions, masks and the like, all of it unopened."""
+        found = Problems()
+        listing = list_directory(directory, settings, found)
+        captions = read_captions(listing, settings, found)
+        stray = add_conditions(directory, listing, rules, controls, found)
+        reading = Reading(ImageColor.getcolor(settings.background, "RGB"), settings.animated)
+        report = DirectoryReport(
+            name,
+            directory.path,
+            listing.kind,
+            num_repeats=settings.num_repeats,
+            is_reg=directory.is_reg,
+            loss_weight=directory.loss_weight,
+            lists=[*map(printable, listing.lists)],
+            controls=len(directory.control_paths),
+            unused={printable(name): reason for name, reason in listing.unused.items()},
+            stray=stray,
+            ignored=+listing.ignored,
         )
-        entries = []
-    for path in entries:
-        suffix = path.suffix.lower()
-        if path.name.startswith("."):  # hidden; macOS leaves a "._clip.mp4" beside every clip on foreign disks
-            continue
-        if path.is_dir():
-            ignored["/"] += 1
-        elif suffix in PICTURES or suffix in CLIPS:
-            media.append(path)
-        elif suffix in (".txt", ".json"):
-            texts.append(path)
-        else:
-            ignored[suffix] += 1
-            others[path.stem] = path
+        fps = settings.fps or rules.fps
+        return cls(name, directory, settings, listing, captions, reading, fps, found, report)
 
-    found = read_folder(media, texts, settings, wrong)
-    stems = {path.stem for path in media}
-    for path in found.unused:
-        if path.suffix.lower() == ".json" or path.stem in stems:  # of another program, or a second one
-            ignored[path.suffix.lower()] += 1
-        elif path.stem in others:
-            kinds = ", ".join(sorted(PICTURES | CLIPS))
-            other = others[path.stem]
-            wrong.append(f"{other}: it has a caption, but files of this kind are not read; convert it to one of {kinds}")
-        else:
-            wrong.append(f"{path}: a caption without a picture or clip of the same name; remove it, or add the file")
-    return _Listing(found.captions, len(found.missing), _controls(directory, list(found.captions), wrong), ignored)
+    def wanted(self) -> Iterator[Wanted]:
+        """Every file that has to be looked at."""
+        for item in self.listing.items:
+            yield self._item(item)
+            for found in (item.mask, *item.controls, *item.known_frames.values()):
+                if found:
+                    yield self._beside(found)
 
+    def _item(self, item: Item) -> Wanted:
+        return Wanted(item.found, self.reading, self.directory.alpha_mask and item.mask is None)
 
-def _controls(directory: DirectoryConfig, media: list[Path], wrong: list[str]) -> dict[Path, list[Path]]:
-    """The control pictures of each file: those of the same name in each folder of ``control_path``."""
-    controls: dict[Path, list[Path]] = {path: [] for path in media}
-    for folder in directory.control_paths:
-        try:
-            pictures = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES}
-        except OSError as error:
-            wrong.append(f"control_path = {str(folder)!r}: the folder cannot be read ({error.strerror}); correct the path")
-            continue
-        for path in media:
-            if path.stem in pictures:
-                controls[path].append(pictures[path.stem])
-            else:
-                wrong.append(f"{path}: there is no control picture of that name in {folder}; add {path.stem}.png or the like")
-    return controls
+    def _beside(self, found: Found) -> Wanted:
+        return Wanted(found, self.reading)
 
-
-# ── what is in a file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What a file holds."""
-
-    content: str
-    """BLAKE2b of its bytes."""
-    info: MediaInfo
-
-
-def _look_at_all(paths: list[Path], hash_cache: Path | None, wrong: list[str], stop: Callable[[], str]) -> dict[Path, _Look]:
-    """Hash and probe the files that are new or changed; those that do not decode are added to ``wrong``."""
-    remembered, reason = _read_memory(hash_cache), ""
-    looks: dict[Path, _Look] = {}
-    fresh: dict[str, dict[str, Any]] = {}
-    pending: dict[Path, tuple[dict[str, int], Future[_Look]]] = {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for path in paths:
-            try:
-                state = path.stat()
-            except OSError as error:
-                wrong.append(f"{path}: it cannot be read ({error.strerror})")
+    def check(self, looks: dict[str, Look | MediaError]) -> None:
+        """Hold what the files are against what they should be."""
+        for item in self.listing.items:
+            look = looks[self._item(item).key]
+            if isinstance(look, MediaError):
+                self.problems.add(item.name, look.file, look.reason)
                 continue
-            stamp = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
-            known = remembered.get(str(path.resolve()))
-            if known and known["stamp"] == stamp:
-                looks[path] = _Look(known["content"], MediaInfo(**known["info"]))
-            else:
-                pending[path] = (stamp, pool.submit(_look, path))
-        progress = ProgressLog("reading new files", len(pending))
-        for number, (path, (stamp, future)) in enumerate(pending.items(), start=1):
-            try:
-                looks[path] = future.result()
-                fresh[str(path.resolve())] = {"stamp": stamp, **asdict(looks[path])}
-            except MediaError as error:
-                wrong.append(str(error))
-            progress.report(number)
-            if reason := stop():
-                pool.shutdown(wait=True, cancel_futures=True)
-                break
-    if hash_cache and fresh:
-        # Read again: another run may have written meanwhile, and losing its part only costs time.
-        memory = {"version": _MEMORY_VERSION, "files": {**_read_memory(hash_cache), **fresh}}
-        write_atomically(hash_cache, json.dumps(memory).encode())
-    if reason:
-        raise Stopped(reason)
-    return looks
+            beside = {found.identity: looks[self._beside(found).key] for found in _belonging(item)}
+            for reason in check_conditions(self.directory, item, look.info, beside, self.fps):
+                self.problems.add(item.name, item.row or item.found.file, reason)
+            if item.name not in self.problems.files:
+                self.looks.append((item, look))
+                self.conditions |= beside
+
+    def plan(self, rules: SizeRules) -> None:
+        """Find the buckets of the items, and which parts of a clip are used."""
+        settings, report = self.settings, self.report
+        choosers = [Chooser(group, rules, self.fps, settings.no_upscale) for group in buckets_for(settings, rules)]
+        known: dict[tuple[MediaInfo, tuple[int, int] | None], tuple[list[Bucket], str]] = {}
+        base = as_fraction(settings.num_repeats)
+        given, repeats = Fraction(1), base
+        for item, look in self.looks:
+            info, size = look.info, _size(item)
+            if (info, size) not in known:
+                chosen = [chooser.choose(info, size) for chooser in choosers]
+                buckets = sorted({bucket for bucket in chosen if isinstance(bucket, Bucket)})
+                known[info, size] = buckets, next((reason for reason in chosen if isinstance(reason, str)), "")
+            buckets, reason = known[info, size]
+            report.pictures += info.fps is None
+            report.clips += info.fps is not None
+            if not buckets:
+                report.unused[item.name] = reason
+                continue
+            if item.repeats is not given:
+                given, repeats = item.repeats, base * item.repeats
+            for bucket in buckets:
+                starts = [0]
+                if info.fps is not None:
+                    available = frames_at(info, self.fps)
+                    starts = first_frames(settings.video_clip_mode, available, bucket.frames, settings.clips_per_video)
+                    if over := left_over(settings.video_clip_mode, available, bucket.frames):
+                        report.left_over[f"{item.name}@{bucket}"] = over
+                report.buckets[bucket] += len(starts)
+                for part, start in enumerate(starts):
+                    self.planned.append(_Planned(item, look, bucket, start, part, repeats))
+            report.uncaptioned += item.name in self.listing.uncaptioned
+            if self.directory.alpha_mask or self.directory.mask_path or item.mask:
+                masked = item.mask is not None or bool(look.alpha)
+                report.masked += masked
+                report.unmasked += not masked
+            report.known_frames += bool(item.known_frames)
+
+    @property
+    def total(self) -> Fraction:
+        """How many samples an epoch would show, before directories are weighed against each other."""
+        times = Counter(id(planned.repeats) for planned in self.planned)  # objects: a fraction's hash takes longer than the rest
+        each = {id(planned.repeats): planned.repeats for planned in self.planned}
+        return sum((each[place] * number for place, number in times.items()), Fraction(0))
+
+    def samples(self, scale: Fraction, seed: int | None) -> list[Sample]:
+        """The samples; their repeats are the planned ones times ``scale``."""
+        given, repeats = Fraction(0), Fraction(0)
+        shares: dict[tuple[tuple[int, int], Bucket, Framing], tuple[float, float]] = {}
+        cropped, samples = 0.0, []
+        latest: Item | None = None
+        for planned in self.planned:
+            item, look, bucket = planned.item, planned.look, planned.bucket
+            if item is not latest:  # what the samples of one item have in common
+                latest = item
+                first, texts = self._texts(item, seed)
+                framing = self._framing(item, seed)
+                is_clip = look.info.fps is not None
+                size = (look.info.width, look.info.height)
+                mask, controls, known_frames = self._conditions(item)
+            if planned.repeats is not given:
+                given, repeats = planned.repeats, planned.repeats * scale
+            key = f"{self.name}/{item.name}@{bucket}" + (f"+{planned.first_frame}" if planned.part else "")
+            samples.append(
+                Sample(
+                    key=key,
+                    file=item.found.file,
+                    content=look.content,
+                    caption=first,
+                    bucket=bucket,
+                    fps=self.fps if is_clip else None,
+                    first_frame=planned.first_frame,
+                    repeats=repeats,
+                    controls=controls,
+                    original_size=size,
+                    captions=texts,
+                    caption_dropout=self.settings.caption_dropout if seed is not None else 0.0,
+                    framing=framing,
+                    reading=self.reading,
+                    mask=mask,
+                    alpha_mask=bool(look.alpha) and mask is None,
+                    known_frames=known_frames,
+                    loss_weight=self.directory.loss_weight,
+                )
+            )
+            alike = (size, bucket, framing if framing.box else CENTRE)
+            if alike not in shares:
+                shares[alike] = (
+                    cropped_share(size, (bucket.width, bucket.height), framing),
+                    enlargement(size, (bucket.width, bucket.height), framing),
+                )
+            share, larger = shares[alike]
+            cropped += share
+            if share > self.report.cropped_most:
+                self.report.cropped_most, self.report.most_cropped = share, key
+            if larger > 1:
+                self.report.upscaled[key] = round(larger, 4)
+        self.report.cropped_mean = cropped / len(samples) if samples else 0.0
+        return samples
+
+    def _texts(self, item: Item, seed: int | None) -> tuple[str, tuple[Caption, ...]]:
+        """The item's first caption and, if training may show others, all of them."""
+        captions = self.captions[item.name]
+        first = first_caption(captions, self.settings)
+        if seed is None or (len(captions) == 1 and not may_vary(self.settings)):
+            return first, ()
+        texts = variants(captions, f"{self.name}/{item.name}", seed, self.settings)
+        return first, () if len(texts) == 1 and texts[0].text == first else texts
+
+    def _framing(self, item: Item, seed: int | None) -> Framing:
+        """The item's box, and the middle of it or a place that hangs on the seed and the item."""
+        if self.settings.crop != "random":
+            return Framing(item.box) if item.box else CENTRE
+        drawn = seed_from(seed or 0, f"{self.name}/{item.name}", "crop")
+        x, y = (round((drawn >> bits) % 2**31 / 2**31, 4) for bits in (0, 31))
+        return Framing(item.box, x, y)
+
+    def _conditions(self, item: Item):
+        """The mask, control pictures and given frames."""
+
+        def control(found: Found) -> Control:
+            return Control(found.file, self.conditions[found.identity].content)
+
+        mask = control(item.mask) if item.mask else None
+        frames = tuple((end, control(found)) for end, found in item.known_frames.items())
+        return mask, tuple(map(control, item.controls)), frames
 
 
-def _look(path: Path) -> _Look:
-    info = probe(DataFile(path))
-    with path.open("rb") as file:
-        return _Look(hashlib.file_digest(file, _blake2b).hexdigest(), info)
+def _belonging(item: Item) -> list[Found]:
+    return [found for found in (item.mask, *item.controls, *item.known_frames.values()) if found]
 
 
-def _blake2b() -> "hashlib._Hash":
-    return hashlib.blake2b(digest_size=20)
-
-
-def _read_memory(hash_cache: Path | None) -> dict[str, dict[str, Any]]:
-    """What is known of files by their path; nothing if the file is absent, broken, or of another version."""
-    if hash_cache is None:
-        return {}
-    try:
-        memory = json.loads(hash_cache.read_bytes())
-        return memory["files"] if memory["version"] == _MEMORY_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _size(item: Item) -> tuple[int, int] | None:
+    """(width, height) of the item's box."""
+    return (item.box[2] - item.box[0], item.box[3] - item.box[1]) if item.box else None

@@ -67,6 +67,11 @@ def _drawn(text: str, number: int, item: str, seed: int, settings: DatasetConfig
     return found
 
 
+def may_vary(settings: DatasetConfig) -> bool:
+    """Whether there is a setting that can make more than one text of a caption."""
+    return settings.caption_wildcards or settings.shuffle_tags or settings.tag_dropout > 0
+
+
 def _varies(text: str, settings: DatasetConfig) -> bool:
     if settings.caption_wildcards and wildcards.varies(wildcards.parse(text)):
         return True

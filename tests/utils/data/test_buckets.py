@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.buckets import assign, buckets_for, problems, settings_for
+from utils.data.buckets import Chooser, buckets_for, problems, settings_for
 from utils.data.media import MediaInfo
 from utils.data.values import Bucket, ControlRules, SizeRules
 
@@ -75,42 +75,50 @@ def clip(width: int, height: int, frames: int, fps: float = 16.0) -> MediaInfo:
 
 
 def test_pictures_get_one_frame_and_the_nearest_shape():
-    assert assign(MediaInfo(1000, 1000, 1, None), GRID, CLIPS, 16.0) == Bucket(640, 640, 1)
-    assert assign(MediaInfo(4000, 3000, 1, None), GRID, CLIPS, 16.0) == Bucket(832, 480, 1)
+    assert Chooser(GRID, CLIPS, 16.0).choose(MediaInfo(1000, 1000, 1, None)) == Bucket(640, 640, 1)
+    assert Chooser(GRID, CLIPS, 16.0).choose(MediaInfo(4000, 3000, 1, None)) == Bucket(832, 480, 1)
     # The border between 1 and 26:15 is at their geometric mean, 1.3166.
-    assert assign(MediaInfo(1316, 1000, 1, None), GRID, CLIPS, 16.0) == Bucket(640, 640, 1)
-    assert assign(MediaInfo(1317, 1000, 1, None), GRID, CLIPS, 16.0) == Bucket(832, 480, 1)
+    assert Chooser(GRID, CLIPS, 16.0).choose(MediaInfo(1316, 1000, 1, None)) == Bucket(640, 640, 1)
+    assert Chooser(GRID, CLIPS, 16.0).choose(MediaInfo(1317, 1000, 1, None)) == Bucket(832, 480, 1)
 
 
 def test_clips_get_the_longest_bucket_that_they_fill():
-    assert assign(clip(1920, 1080, 81), GRID, CLIPS, 16.0) == Bucket(832, 480, 81)
-    assert assign(clip(1080, 1920, 80), GRID, CLIPS, 16.0) == Bucket(480, 832, 33)
+    assert Chooser(GRID, CLIPS, 16.0).choose(clip(1920, 1080, 81)) == Bucket(832, 480, 81)
+    assert Chooser(GRID, CLIPS, 16.0).choose(clip(1080, 1920, 80)) == Bucket(480, 832, 33)
     # At 25 fps, frame 80 of 81 at 16 fps is source frame 125: 126 frames are needed.
-    assert assign(clip(640, 640, 126, 25.0), GRID, CLIPS, 16.0) == Bucket(640, 640, 81)
-    assert assign(clip(640, 640, 125, 25.0), GRID, CLIPS, 16.0) == Bucket(640, 640, 33)
+    assert Chooser(GRID, CLIPS, 16.0).choose(clip(640, 640, 126, 25.0)) == Bucket(640, 640, 81)
+    assert Chooser(GRID, CLIPS, 16.0).choose(clip(640, 640, 125, 25.0)) == Bucket(640, 640, 33)
 
 
 def test_items_that_no_bucket_takes_have_a_reason():
     videos = [bucket for bucket in GRID if bucket.frames > 1]
     stills = [bucket for bucket in GRID if bucket.frames == 1]
-    assert assign(clip(64, 64, 30, 16.0), GRID, CLIPS, 16.0) == "too short: 30 frames at 16 fps, and the shortest bucket has 33"
-    assert assign(clip(64, 64, 40, 30.0), GRID, CLIPS, 16.0) == "too short: 22 frames at 16 fps, and the shortest bucket has 33"
-    assert assign(clip(64, 64, 99), stills, CLIPS, 16.0) == "a clip, and there is no bucket of more than 1 frame"
-    assert assign(MediaInfo(64, 64, 1, None), videos, CLIPS, 16.0) == "a picture, and there is no bucket of 1 frame"
-    assert assign(clip(64, 64, 99), stills, PICTURES, None) == "a clip, and this model takes pictures only"
+    assert (
+        Chooser(GRID, CLIPS, 16.0).choose(clip(64, 64, 30, 16.0))
+        == "too short: 30 frames at 16 fps, and the shortest bucket has 33"
+    )
+    assert (
+        Chooser(GRID, CLIPS, 16.0).choose(clip(64, 64, 40, 30.0))
+        == "too short: 22 frames at 16 fps, and the shortest bucket has 33"
+    )
+    assert Chooser(stills, CLIPS, 16.0).choose(clip(64, 64, 99)) == "a clip, and there is no bucket of more than 1 frame"
+    assert Chooser(videos, CLIPS, 16.0).choose(MediaInfo(64, 64, 1, None)) == "a picture, and there is no bucket of 1 frame"
+    assert Chooser(stills, PICTURES, None).choose(clip(64, 64, 99)) == "a clip, and this model takes pictures only"
 
 
 def test_among_explicit_sizes_the_shape_goes_before_the_length():
     sizes = [Bucket(480, 832, 33), Bucket(832, 480, 81), Bucket(416, 240, 81)]
-    assert assign(clip(480, 832, 100), sizes, CLIPS, 16.0) == Bucket(480, 832, 33)
-    assert assign(clip(832, 480, 100), sizes, CLIPS, 16.0) == Bucket(832, 480, 81)
-    assert assign(clip(480, 832, 20), sizes, CLIPS, 16.0) == "too short: 20 frames at 16 fps, and the shortest bucket has 33"
+    assert Chooser(sizes, CLIPS, 16.0).choose(clip(480, 832, 100)) == Bucket(480, 832, 33)
+    assert Chooser(sizes, CLIPS, 16.0).choose(clip(832, 480, 100)) == Bucket(832, 480, 81)
+    assert (
+        Chooser(sizes, CLIPS, 16.0).choose(clip(480, 832, 20)) == "too short: 20 frames at 16 fps, and the shortest bucket has 33"
+    )
 
 
 @settings(deadline=None)
 @given(width=st.integers(16, 4000), height=st.integers(16, 4000), frames=st.integers(33, 200))
 def test_no_other_bucket_fits_better(width: int, height: int, frames: int):
-    chosen = assign(clip(width, height, frames), GRID, CLIPS, 16.0)
+    chosen = Chooser(GRID, CLIPS, 16.0).choose(clip(width, height, frames))
     assert chosen.frames == (81 if frames >= 81 else 33)
     misfits = {bucket: abs(math.log(bucket.width / bucket.height) - math.log(width / height)) for bucket in GRID}
     assert misfits[chosen] <= min(misfits.values()) + 1e-8

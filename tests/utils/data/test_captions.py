@@ -192,7 +192,7 @@ def test_items_without_a_caption_may_have_an_empty_one(mixed: Path):
     found = scanned(mixed, on_missing_caption="empty", caption_prefix="film")
     assert {sample.file.name for sample in found.samples if sample.caption == "film"} == {"coffee.png", "bikes.mp4"}
     # An empty file is a caption that was meant to be empty.
-    assert found.report.lines()[-1] == "  without a caption, shown with an empty one: 1 file"
+    assert "  without a caption, shown with an empty one: 1 file" in found.report.lines()
 
 
 def test_what_is_wrong_is_named(mixed: Path):
