@@ -43,7 +43,7 @@ def pictures(assets, tmp_path) -> Path:
     return folder
 
 
-def config_of(folder: Path, model: Path, dataset: dict, **changes):
+def config_of(folder: Path, path: Path, dataset: dict, **changes):
     (folder / "data.toml").write_text(tomli_w.dumps(dataset))
     settings = {
         "output_dir": str(folder / "runs"),
@@ -52,7 +52,7 @@ def config_of(folder: Path, model: Path, dataset: dict, **changes):
         "epochs": 2,
         "gradient_accumulation_steps": 2,
         "micro_batch_size_per_gpu": 2,
-        "model": {"type": "wan", "path": str(model), "dtype": "float32"},
+        "model": {"type": "wan", "path": str(path), "dtype": "float32"},
         "adapter": {"rank": 4},
         "optimizer": {"type": "adamw", "lr": 1e-3},
         **changes,
@@ -198,9 +198,9 @@ def test_decoded_from_the_cache(assets, pictures, wan, tmp_path, caplog):
         for place, decoded, seen in zip(
             places, card.strips["decoded from the cache"], card.strips["as the model sees it"], strict=True
         ):
-            assert difference(decoded, levels(by_hand[:, place])) < 4
+            # A random VAE gives back something else than it got, with grain that JPEG blurs.
+            assert difference(decoded, levels(by_hand[:, place])) < 0.25 * difference(decoded, levels(pixels[:, place]))
             assert difference(seen, levels(pixels[:, place])) < 4
-        assert difference(decoded, levels(pixels[:, -1])) > 10  # a random VAE does not give back what it got
 
 
 def test_skipped_files_are_in_both(pictures, wan, tmp_path, caplog):
