@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from utils.checkpoints.weights import WeightSource, materialise
 from utils.data.encoders import ConditionEncoder
 
+MOST_TILE = 512
+"""Pixels along each side of a tile of a VAE for pictures; those of the VAEs for clips have 256."""
+
 
 class FrozenEncoder(ConditionEncoder):
     """An encoder that is one network, loaded whole to one device in one dtype, never under autocast.
@@ -35,6 +38,10 @@ class FrozenEncoder(ConditionEncoder):
     def fingerprint(self) -> str:
         told = [self.name, self.code_version, str(self.dtype), self.source.fingerprint(), self.settings()]
         return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        told = {"dtype": str(self.dtype).removeprefix("torch."), "weights": self.source.fingerprint(), "settings": self.settings()}
+        return {**super().about(), "code_version": self.code_version, **told}
 
     def load(self, device: torch.device) -> None:
         network = self._build()
@@ -64,6 +71,16 @@ class FrozenEncoder(ConditionEncoder):
 
 class LatentEncoder(FrozenEncoder):
     """A VAE: pixels to normalised latents and back."""
+
+    def use_tiles(self, on: bool) -> bool:
+        """diffusers' own tiles of the VAE, no larger than ``MOST_TILE``; its ``encode`` blends them into each other."""
+        network = self.network
+        network.use_tiling = on
+        if on and getattr(network, "tile_sample_min_size", 0) > MOST_TILE:
+            # As large as the pictures that the model is for, with which there would be one tile.
+            scale = network.tile_sample_min_size // network.tile_latent_min_size
+            network.tile_sample_min_size, network.tile_latent_min_size = MOST_TILE, MOST_TILE // scale
+        return True
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Items are encoded one after the other, so that what is cached does not depend on
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -26,8 +26,13 @@ from models.wan.variants import Condition
 from utils.data.encoders import ConditionEncoder, EncodeItem, TokenLength
 
 MAX_TOKENS = 512
-KNOWN_FRAMES: dict[Condition, tuple[int, ...]] = {"first": (0,), "first and last": (0, -1)}
-"""The frames of a clip that are shown."""
+KNOWN_FRAMES: dict[Condition | None, tuple[Literal["first", "last"], ...]] = {
+    None: (),
+    "first": ("first",),
+    "first and last": ("first", "last"),
+}
+"""The frames of a clip that are shown; a sample may have a picture in place of its clip's own."""
+PLACES = {"first": 0, "last": -1}
 
 
 def wan_encoders(files: WanFiles, dtype: torch.dtype, condition: Condition | None) -> list[ConditionEncoder]:
@@ -45,12 +50,18 @@ def wan_encoders(files: WanFiles, dtype: torch.dtype, condition: Condition | Non
     return encoders
 
 
+def shown_frame(item: EncodeItem, name: Literal["first", "last"]) -> Tensor:
+    """[3, H, W]: the picture that is given for this frame, or the clip's own."""
+    given = item.known_frames.get(name)
+    return item.pixels[:, PLACES[name]] if given is None else given[:, 0]
+
+
 class WanVaeEncoder(LatentEncoder):
     """Pixels to ``latents`` [C, f, h, w], fp32, normalised; for image to video also ``condition`` of the same shape.
 
     F = 4 k + 1 frames give f = k + 1.  The VAE of Wan 2.1 has C = 16 and divides height and width by 8, that of Wan 2.2 has C = 48
     and divides by 16.  The latents are the mode of the VAE's distribution.  The condition is the encoding of a clip whose first
-    frame, or first and last frame, is the real one and whose others are grey (0 in [-1, 1]).
+    frame, or first and last frame, is the real one, or the given picture, and whose others are grey (0 in [-1, 1]).
     """
 
     name = "vae"
@@ -58,7 +69,7 @@ class WanVaeEncoder(LatentEncoder):
 
     def __init__(self, opened: OpenedNetwork, dtype: torch.dtype, condition: Condition | None):
         super().__init__(opened.source, opened.on_meta, dtype)
-        self.condition = condition
+        self.condition, self.known_frames = condition, KNOWN_FRAMES[condition]
         self.config = dict(opened.on_meta().config)
         self.scale = ChannelScale(self.config["latents_mean"], self.config["latents_std"])
 
@@ -68,15 +79,16 @@ class WanVaeEncoder(LatentEncoder):
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
-        return [self._encode_item(item.pixels) for item in items]
+        return [self._encode_item(item) for item in items]
 
-    def _encode_item(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _encode_item(self, item: EncodeItem) -> dict[str, Tensor]:
+        pixels = item.pixels
         assert (pixels.shape[1] - 1) % 4 == 0, f"{pixels.shape[1]} frames are not 4 k + 1"
         fields = {"latents": self._latents(pixels)}
         if self.condition:
             known = torch.zeros_like(pixels)
-            for frame in KNOWN_FRAMES[self.condition]:
-                known[:, frame] = pixels[:, frame]
+            for name in self.known_frames:
+                known[:, PLACES[name]] = shown_frame(item, name)
             fields["condition"] = self._latents(known)
         return fields
 
@@ -140,7 +152,7 @@ class WanImageEncoder(FrozenEncoder):
 
     def __init__(self, opened: OpenedNetwork, processor: dict[str, Any], dtype: torch.dtype, condition: Condition):
         super().__init__(opened.source, opened.on_meta, dtype)
-        self.config, self.condition = opened.config, condition
+        self.config, self.condition, self.known_frames = opened.config, condition, KNOWN_FRAMES[condition]
         self.max_frames = 1 if condition == "first" else None
         self.processor = CLIPImageProcessorPil.from_dict(processor)
 
@@ -149,10 +161,7 @@ class WanImageEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def encode(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
-        return [{"clip": self._item_states(item.pixels)} for item in items]
-
-    def _item_states(self, pixels: Tensor) -> Tensor:
-        return torch.cat([self._states(pixels[:, frame]) for frame in KNOWN_FRAMES[self.condition]])
+        return [{"clip": torch.cat([self._states(shown_frame(item, name)) for name in self.known_frames])} for item in items]
 
     def _states(self, frame: Tensor) -> Tensor:
         levels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -72,7 +72,11 @@ class Family(ModelFamily):
         self.facts = VARIANTS[self.variant]
         self.options = self._with_timesteps(options)
         self.size_rules = SizeRules(
-            multiple=self.facts.multiple, frame_step=FRAMES_PER_LATENT, fps=self.facts.fps, token_side=self.facts.multiple
+            multiple=self.facts.multiple,
+            frame_step=FRAMES_PER_LATENT,
+            fps=self.facts.fps,
+            token_side=self.facts.multiple,
+            known_frames=encoders.KNOWN_FRAMES[self.facts.condition],
         )
         self.timesteps = self.timestep_distribution(DEFAULT_SHIFT)
         self.routing = Routing(self.timesteps, self.facts.boundary) if self.expert == "both" else None

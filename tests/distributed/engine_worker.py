@@ -25,6 +25,7 @@ from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
 from utils.config.schema import AdapterConfig, EmaConfig, OptimizerConfig
 from utils.data.values import MicroBatch
 from utils.draw import Draw, generator
+from utils.optim.kinds import key_problems
 from utils.optim.optimizers import RunOptimizer
 from utils.optim.shares import ReplicaShares
 from utils.pipeline.engine import StageEngine, StageModule
@@ -174,7 +175,9 @@ def main() -> None:
     """Each case in a process of its own, forked from this one, or the groups of all of them would stay open."""
     for file in sorted(Path(sys.argv[1]).glob("*/settings.json")):
         settings = json.loads(file.read_text())
+        # What is opened and imported here, the processes find.
         open_case(settings)
+        key_problems(OptimizerConfig(**settings["optimizer"]))
         pid = os.fork()
         if pid == 0:
             meet(file.parent)

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,19 +24,36 @@ SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Kill:
+    place: str
+    """What the run was at: starting, encoding, training, writing (a checkpoint, beside training)."""
+    rank: str
+    checkpoints: list[int]
+    """Steps of those that were there."""
+
+
 class Killer:
     """Starts one run until it is finished, and kills it on the way."""
 
-    def __init__(self, workspace, config: Path, chance: random.Random, usual_seconds: float):
+    def __init__(self, workspace, config: Path, chance: random.Random, usual_seconds: float, first_while_encoding: bool):
         self.workspace, self.config, self.chance, self.usual_seconds = workspace, config, chance, usual_seconds
-        self.folder = workspace.run(config.stem)
-        self.kills: list[str] = []
+        self.folder, self.first_while_encoding = workspace.run(config.stem), first_while_encoding
+        self.kills: list[Kill] = []
 
     def checkpoints(self) -> list[int]:
         return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("checkpoints/step-*"))
 
     def is_writing(self) -> bool:
         return any(self.folder.glob("checkpoints/.partial-*"))
+
+    def place(self, running: World) -> str:
+        said = running.outputs[0].read_text()
+        if self.is_writing():
+            return "writing"
+        if "encoded data" in said:
+            return "training"
+        return "encoding" if "to encode" in said else "starting"
 
     def to_the_end(self) -> None:
         """Start it again after each kill, until it has come to its end."""
@@ -47,8 +65,13 @@ class Killer:
         before = self.checkpoints()
         with world(["train.py", "--config", self.config], 2, self.workspace.folder) as running:
             how = self.chance.choice(["any moment", "any moment", "while writing"])
+            if self.first_while_encoding and not self.kills:
+                how = "while encoding"
             if how == "any moment":
                 self._wait(running, self.chance.uniform(0, self.usual_seconds))
+            elif how == "while encoding":
+                self._wait_for(running, lambda: self.place(running) != "starting")
+                self._wait(running, self.chance.uniform(0, 0.15 * self.usual_seconds))
             else:
                 count = self.chance.randint(1, 4)
                 for _ in range(count):
@@ -62,7 +85,7 @@ class Killer:
                 self._continued_from_the_newest(running, before)
                 return True
             victims = self.chance.choice([[0], [1], [0, 1]])
-            self.kills.append(f"{how}, rank {' and '.join(map(str, victims))}, with checkpoints {self.checkpoints()}")
+            self.kills.append(Kill(self.place(running), " and ".join(map(str, victims)), self.checkpoints()))
             for rank in victims:
                 running.processes[rank].send_signal(9)
             if "stage(s) x" in running.said():
@@ -105,19 +128,21 @@ def test_weights_are_those_of_a_run_that_was_not_killed(workspace, tiny, kills):
 
     seed = time.time_ns()
     chance = random.Random(seed)
-    done: list[str] = []
+    done: list[Kill] = []
     number = 0
     while len(done) < kills:
         number += 1
         cache = workspace.folder / f"cache-{number}"
         config = workspace.config(f"killed-{number}", model, **SETTINGS, cache_dir=str(cache), resume="latest-or-new")
-        killer = Killer(workspace, config, chance, usual_seconds)
+        killer = Killer(workspace, config, chance, usual_seconds, first_while_encoding=number % 2 == 1)
         killer.to_the_end()
         run = workspace.run(f"killed-{number}")
-        history = "\n".join([f"seed {seed}, {len(done) + len(killer.kills)} kills, of this run:", *killer.kills])
+        history = "\n".join([f"seed {seed}, {len(done) + len(killer.kills)} kills, of this run:", *map(str, killer.kills)])
         assert losses_of(run) == losses_of(straight), history
         assert_same_tensors(export_of(run), export_of(straight))
         done += killer.kills
         for used in (run, cache):
             shutil.rmtree(used)
-    log.info("%d kills in %d runs:\n%s", len(done), number, "\n".join(done))
+    log.info("%d kills in %d runs:\n%s", len(done), number, "\n".join(map(str, done)))
+    assert {"encoding", "writing"} <= {kill.place for kill in done}
+    assert {kill.rank for kill in done} == {"0", "1", "0 and 1"}

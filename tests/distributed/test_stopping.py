@@ -21,7 +21,7 @@ SETTINGS = {
     "checkpoint_every_n_steps": 5,
     "eval_every_n_steps": EVALUATED,
     "eval_before_first_step": False,
-    "eval_timesteps": [place / 32 for place in range(1, 32)],
+    "eval_timesteps": [place / 16 for place in range(1, 16)],
     "save_every_n_steps": EVALUATED,
 }
 ENDS_WITHIN = 30

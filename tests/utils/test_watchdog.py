@@ -1,6 +1,7 @@
 """When a step is taken for hung.  What the watchdog does then, and when ranks vanish, is in tests/distributed/test_stopping.py."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,34 @@ def test_whom_rank_0_waits_for_is_told_now_and_then(watchdog, monkeypatch, caplo
         assert told == "10 minutes of waiting: rank 2 (stage 2, host there) is at loading the weights"
         watch._notice(time.monotonic() + 3600)
         assert len(caplog.messages) == 1, "it does not wait any more"
+
+
+def test_a_pause_of_its_own_is_nobodys_silence(watchdog, monkeypatch):
+    """As when a job is suspended and goes on: all ranks were stopped, and this one is the first to look."""
+    watches = Watchdog._watch
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)
+    with watchdog(LimitsConfig(hang_timeout="30s")) as watch, monkeypatch.context() as patched:
+        clock, hangs = [0.0], []
+
+        def goes_by(seconds: list[float]) -> None:
+            """The thread's loop, in which so much time goes by between two looks."""
+
+            def receive(timeout: float) -> list:
+                clock[0] += seconds.pop(0)
+                watch._closing = not seconds
+                return []
+
+            watch._closing = False
+            watch.line.receive = receive
+            watches(watch)
+
+        patched.setattr("utils.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
+        watch.line.hosts, watch._hangs = ["here", "there"], hangs.append
+        watch._handlers[ALIVE]({"kind": ALIVE, "rank": 1, "phase": "encoding"})
+        goes_by([1.0, 3600.0, 1.0, 1.0])
+        assert not hangs
+        goes_by([1.0] * 30)
+        assert hangs
 
 
 @pytest.mark.parametrize(("timeout", "limit"), [(None, LEAST_HANG_SECONDS), ("30m", 1800), ("1s", LEAST_SILENCE_SECONDS)])

@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from utils.data.files import DataFile, MediaError, opened
+from utils.data.files import DataFile, MediaError, opened, tell_once
 from utils.data.pictures import refuse_if_huge
 from utils.data.resampling import Timeline
 
@@ -59,14 +59,23 @@ def look_at_clip(file: DataFile) -> ClipLook:
             stamps.append(packet.pts)
         if not stamps:
             raise MediaError(file, "it has no frames")
+        promised = container.duration / av.time_base if container.duration else 0.0
         pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
         known = [stamp for stamp in stamps if stamp is not None]
         if len(known) == len(stamps) and container.format.name not in _UNTIMED_FORMATS:
-            return ClipLook(Timeline(tuple(stamp * stream.time_base for stamp in sorted(known))), pixel_aspect)
-        if not stream.average_rate:
+            timeline = Timeline(tuple(stamp * stream.time_base for stamp in sorted(known)))
+        elif stream.average_rate:
+            times = tuple(index / stream.average_rate for index in range(len(stamps)))
+            timeline = Timeline(times, stream.average_rate)
+        else:
             raise MediaError(file, "its frames have neither times nor a rate; convert it to mp4")
-        times = tuple(index / stream.average_rate for index in range(len(stamps)))
-        return ClipLook(Timeline(times, stream.average_rate), pixel_aspect)
+    if max(timeline.span, timeline.times[-1]) + 1 < promised * 0.9:
+        tell_once(
+            log,
+            f"{file}: its head says that it lasts {promised:.1f} s, and its frames end after {float(timeline.span):.1f} s; "
+            "these are used",
+        )
+    return ClipLook(timeline, pixel_aspect)
 
 
 def clip_size(file: DataFile, look: ClipLook) -> tuple[int, int]:
@@ -104,8 +113,8 @@ def _container(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its picture stream; ffmpeg's errors in the block become MediaErrors."""
     with opened(file, "clip") as (stream, _):
         try:
-            # Of a file on the disk ffmpeg is told the name, of a member of a tar file the stream tells it.
-            with av.open(stream if file.member else str(file.path)) as container:
+            # A file on the disk ffmpeg opens itself; without "file:", what is before a colon in its name would be a protocol.
+            with av.open(stream if file.member else f"file:{file.path}") as container:
                 streams = [found for found in container.streams.video if not found.disposition & _STILLS]
                 if not streams:
                     stills = ", only a cover picture" if container.streams.video else ""

@@ -1,12 +1,16 @@
 """The files of a data set: on the disk, or inside a ``.tar`` file that is never unpacked.  What they are, by their first bytes."""
 
+import codecs
 import hashlib
 import io
+import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
@@ -49,9 +53,9 @@ class DataFile:
 
     def open(self) -> BinaryIO:
         """The bytes, from their start, seekable.  Raises OSError."""
-        if not self.member:
-            return self.path.open("rb")
-        return io.BufferedReader(_Member(self))
+        if not stat.S_ISREG(self.path.stat().st_mode):  # a named pipe would be waited for without end
+            raise OSError(None, "it is no file, but a folder, a pipe or a device")
+        return io.BufferedReader(_Member(self)) if self.member else self.path.open("rb")
 
     def __str__(self) -> str:
         return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
@@ -113,7 +117,16 @@ class MediaError(UserError):
         return f"{self.file}: {self.reason}"
 
 
+@lru_cache(maxsize=4096)
+def tell_once(log: logging.Logger, text: str) -> None:
+    """Warn of something that each reading of a file meets again."""
+    log.warning(text)
+
+
 # ── what a file is ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_HEAD = 128
+"""Bytes of a file's beginning that are looked at."""
 
 MediaKind = Literal["picture", "clip"]
 
@@ -133,6 +146,8 @@ HEIC = Signature("a HEIC picture", "picture", ".heic")
 _AVIF = Signature("an AVIF picture", "picture", ".avif")
 _MP4 = Signature("an MP4 or QuickTime clip", "clip", ".mp4")
 
+_MATROSKA, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
+
 # The first that fits counts.
 _SIGNATURES = [
     (b"\x89PNG\r\n\x1a\n", Signature("a PNG picture", "picture", ".png")),
@@ -142,13 +157,16 @@ _SIGNATURES = [
     (b"II*\x00", Signature("a TIFF picture", "picture", ".tif")),
     (b"MM\x00*", Signature("a TIFF picture", "picture", ".tif")),
     (b"\x00\x00\x00\x0cjP  \r\n", Signature("a JPEG 2000 picture", "picture", ".jp2")),
-    (b"\x1aE\xdf\xa3", Signature("a Matroska or WebM clip", "clip", ".mkv")),
+    (_MATROSKA, Signature("a Matroska or WebM clip", "clip", ".mkv")),
     (b"FLV\x01", Signature("a Flash clip", "clip", ".flv")),
     (b"\x00\x00\x01\xba", Signature("an MPEG clip", "clip", ".mpg")),
     (b"0&\xb2u\x8ef\xcf\x11", Signature("a Windows Media clip", "clip", ".wmv")),
-    (b"%PDF", Signature("a PDF document", None, "save its pictures as .png or .jpg")),
-    (b"8BPS", Signature("a Photoshop document", None, "save it as .png or .tif")),
     (b"PK\x03\x04", Signature("a ZIP file", None, "unpack it")),
+    (b"8BPS", Signature("a Photoshop document", None, "save it as .png or .tif")),
+]
+# Texts, in small letters, perhaps behind spaces and a byte order mark.
+_TEXTS = [
+    (b"%pdf", Signature("a PDF document", None, "save its pictures as .png or .jpg")),
     (b"version https://git-lfs", Signature("a pointer of Git LFS", None, "fetch the file itself with `git lfs pull`")),
     (b"<!doctype html", Signature("a web page", None, "download the file itself")),
     (b"<html", Signature("a web page", None, "download the file itself")),
@@ -167,7 +185,23 @@ def signature_of(head: bytes) -> Signature | None:
     if head[:4] == b"RIFF" and head[8:12] in (b"WEBP", b"AVI "):
         webp = head[8:12] == b"WEBP"
         return Signature("a WebP picture", "picture", ".webp") if webp else Signature("an AVI clip", "clip", ".avi")
-    return next((found for start, found in _SIGNATURES if head.lstrip().lower().startswith(start.lower())), None)
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return next(
+        (found for known, start in ((_SIGNATURES, head), (_TEXTS, text)) for mark, found in known if start.startswith(mark)), None
+    )
+
+
+def promised_size(head: bytes) -> int | None:
+    """How many bytes a file that begins so says that it has, for formats whose readers do not mind if there are fewer."""
+    if head[:4] == b"RIFF" and (size := int.from_bytes(head[4:8], "little")) not in (0, 0xFFFFFFFF):
+        return 8 + size
+    place = head.find(_SEGMENT) + len(_SEGMENT)
+    if head[:4] == _MATROSKA and place >= len(_SEGMENT) and place + 8 <= len(head):
+        # The number of leading zero bits is that of the bytes which follow; all ones behind them: the size is not known.
+        length = 9 - head[place].bit_length()
+        size = int.from_bytes(head[place : place + length], "big") & ((1 << 7 * length) - 1)
+        return place + length + size if size != (1 << 7 * length) - 1 else None
+    return None
 
 
 @contextmanager
@@ -175,7 +209,7 @@ def opened(file: DataFile, kind: MediaKind) -> Iterator[tuple[BinaryIO, Signatur
     """The file's bytes, and what they are if that is known.  Raises MediaError if it is empty, unreadable, or not of the kind."""
     try:
         with file.open() as stream:
-            head = stream.read(64)
+            head = stream.read(_HEAD)
             if not head:
                 raise MediaError(file, "the file is empty")
             signature = signature_of(head)
@@ -184,6 +218,8 @@ def opened(file: DataFile, kind: MediaKind) -> Iterator[tuple[BinaryIO, Signatur
             if signature and signature.kind != kind:
                 renamed = f"{file.stem}{signature.advice}"
                 raise MediaError(file, f"it is {signature.text}, which its name does not say; rename it to {renamed}")
+            if (promised := promised_size(head)) and promised > (size := stream.seek(0, io.SEEK_END)):
+                raise MediaError(file, f"it is cut off: it says that it has {promised:,} bytes, and {size:,} are there")
             stream.seek(0)
             yield stream, signature
     except OSError as error:

@@ -84,7 +84,7 @@ def _read(name: str, path: Path) -> tuple[Folder, set[str]]:
                     folder.files.append(entry)
                 else:
                     entry.stat()  # raises for a link to nothing
-                    folder.broken[name + entry.name] = "it is no file, but a pipe, socket or device"
+                    folder.broken[name + entry.name] = "it cannot be read (it is no file, but a folder, a pipe or a device)"
             except OSError as error:
                 folder.broken[name + entry.name] = f"it cannot be read ({error.strerror})"
     return folder, linked

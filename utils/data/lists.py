@@ -163,7 +163,7 @@ class _Rows:
         except OSError as error:
             raise RowError(f"{printable(path)}: it cannot be read ({error.strerror})") from error
         if not stat.S_ISREG(state.st_mode):
-            raise RowError(f"{printable(path)}: it is no file")
+            raise RowError(f"{printable(path)}: it cannot be read (it is no file, but a folder, a pipe or a device)")
         return Found(DataFile(file), f"{self.real[folder]}/{file.name}", stamp_of(state))
 
 

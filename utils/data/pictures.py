@@ -8,9 +8,9 @@ from fractions import Fraction
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from utils.data.files import HEIC, DataFile, MediaError, opened
+from utils.data.files import HEIC, DataFile, MediaError, opened, tell_once
 from utils.data.resampling import Timeline
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,8 @@ _ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
 # Browsers show frames that are to be shown for less than this, or not at all, for a tenth of a second.
 _SHORTEST_MS, _DEFAULT_MS = 10, 100
 
-# A mode with transparency, or of a palette -> what its colours are without it.
-_WITHOUT_ALPHA = {"LA": "L", "La": "L", "PA": "RGB", "P": "RGB", "RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB"}
 # A mode -> the colours that a profile must be made for.
-_SPACES = {"1": "GRAY", "L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
+_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 
 
 def read_picture(file: DataFile, colours: bool = True) -> Image.Image:
@@ -87,6 +85,9 @@ def _decoded(file: DataFile) -> Iterator[Image.Image]:
                 yield image
         except MediaError:
             raise
+        except UnidentifiedImageError as error:
+            known = f"it begins like {signature.text}, and is cut off or damaged" if signature else "it is no picture that is read"
+            raise MediaError(file, known) from error
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
             raise MediaError(file, f"it does not decode as a picture ({type(error).__name__}: {error})") from error
 
@@ -133,8 +134,12 @@ def _plain(file: DataFile, image: Image.Image, colours: bool) -> Image.Image:
         image = _upper_bytes(image)
     if image.mode in ("I", "F"):
         raise MediaError(file, f"pixels of type {image.mode} have no known range; save it with 8 or 16 bits per channel")
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    image = image.convert(_WITHOUT_ALPHA.get(image.mode, image.mode))
+    alpha = None
+    if image.has_transparency_data:
+        both = image.convert("RGBA")
+        alpha, image = both.getchannel("A"), image.convert("L") if image.mode in ("1", "L", "LA") else both.convert("RGB")
+    elif image.mode in ("P", "RGBX"):
+        image = image.convert("RGB")
     image = _to_srgb(file, image, profile)
     if alpha is not None and alpha.getextrema() != (255, 255):
         image.putalpha(alpha)
@@ -145,7 +150,7 @@ def _upright(file: DataFile, image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # as many kinds as there are ways to write EXIF wrongly
-        _tell_once(f"{file}: its EXIF data is broken ({error}); the picture is used as it lies in the file")
+        tell_once(log, f"{file}: its EXIF data is broken ({error}); the picture is used as it lies in the file")
         return image.copy()
 
 
@@ -162,12 +167,11 @@ def _upper_bytes(image: Image.Image) -> Image.Image:
 def _to_srgb(file: DataFile, image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB of any mode without transparency; a profile that cannot be used is named in the log."""
     if profile:
-        if image.mode == "1":
-            image = image.convert("L")
+        image = image.convert("L") if image.mode == "1" else image
         try:
             needs_colours, transform = _transform(profile, image.mode)
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
-            _tell_once(f"{file}: its colour profile is not used ({error}); its colours are taken for sRGB")
+            tell_once(log, f"{file}: its colour profile is not used ({error}); its colours are taken for sRGB")
         else:
             image = image.convert("RGB") if needs_colours else image
             return ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
@@ -206,8 +210,3 @@ def _to_srgb_transform(source: "ImageCms.ImageCmsProfile | ImageCms.core.CmsProf
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
         ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
-
-
-@lru_cache(maxsize=4096)
-def _tell_once(text: str) -> None:
-    log.warning(text)

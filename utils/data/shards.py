@@ -131,11 +131,13 @@ class ShardFolder:
 
 
 def index_names(folder: Path) -> list[str]:
-    """The names of the indexes in a folder, sorted; none if there is no such folder."""
+    """The names of the indexes in a folder, sorted; none if there is no such folder.  UserError if it cannot be read."""
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(f"the cache cannot be read: {folder}: {error}; correct the rights there, or set cache_dir") from error
     return sorted(name for name in names if name.endswith(".json") and name != ABOUT and not name.startswith("."))
 
 

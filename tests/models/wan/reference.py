@@ -87,7 +87,7 @@ def call_pipeline(pipeline: DiffusionPipeline, item: EncodeItem, x: Tensor) -> N
     """One step of the pipeline for the item's caption and pictures, from the noisy latents ``x`` that ``prepare_inputs`` made."""
     _, _, frames, height, width = x.shape
     side = pipeline.vae_scale_factor_spatial
-    first, last = (as_picture(item.pixels, frame) for frame in (0, -1))
+    first, last = (as_picture(item.known_frames.get(name, item.pixels), frame) for name, frame in (("first", 0), ("last", -1)))
     shown = {"image": first} if isinstance(pipeline, WanImageToVideoPipeline) else {}
     if pipeline.transformer.config.pos_embed_seq_len:
         shown["last_image"] = last

@@ -1,14 +1,16 @@
 """Small real encoders for the cache's tests, and a process that encodes a folder with them.
 
-    python -m tests.utils.data.encode_worker DATA CACHE [--die-after ITEMS]
+    python -m tests.utils.data.encode_worker DATA CACHE --out FOLDER        as one rank of a run, or alone
 
-Prints the build's report as JSON.  With ``--die-after`` the process kills itself, as ``kill -9`` would, before item ``ITEMS + 1``.
+Writes ``rank-N.json`` with what became of the build.  With ``--die-after ITEMS`` the process kills itself, as ``kill -9`` would,
+before the next item.
 """
 
 import argparse
 import json
 import os
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.sources import scan
 from utils.data.values import Sample, SizeRules
+from utils.errors import UserError
+from utils.topology import Topology
 
 RULES = SizeRules(multiple=16, frame_step=4, fps=16.0)
 
@@ -85,19 +89,53 @@ def samples_of(*folders: Path, **keys) -> list[Sample]:
     return scan(dataset, RULES, hash_cache=None).samples
 
 
+class Tardy(Pooling):
+    """Takes its time for each item."""
+
+    def __init__(self, seconds: float, **keys):
+        super().__init__(**keys)
+        self.seconds = seconds
+
+    def outputs(self, items: list[EncodeItem]) -> list[dict[str, Tensor]]:
+        time.sleep(self.seconds * len(items))
+        return super().outputs(items)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("cache", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--slow", type=float, nargs="*", default=[], metavar="SECONDS", help="of each rank, for each item")
+    parser.add_argument("--resolutions", type=int, nargs="*", default=[64, 48])
     parser.add_argument("--die-after", type=int)
+    parser.add_argument("--vanish", metavar="FILE", help="rank 0 removes it when all ranks know the samples")
+    parser.add_argument("--skip", action="store_true")
     arguments = parser.parse_args()
-    cache = DatasetCache(arguments.cache, shard_items=2)
-    report = cache.build(
-        samples_of(arguments.data),
-        [Pooling(die_after=arguments.die_after), Bytes()],
-        device=torch.device("cpu"),
-    )
-    os.write(1, json.dumps(asdict(report)).encode())
+    topology = Topology.start(1)
+    samples = samples_of(arguments.data, resolutions=arguments.resolutions)
+    seconds = arguments.slow[topology.rank] if arguments.slow else 0.0
+    encoders = [Tardy(seconds, die_after=arguments.die_after), Bytes()]
+    topology.barrier()
+    if arguments.vanish and topology.is_main:
+        (arguments.data / arguments.vanish).unlink()
+    told = {}
+    try:
+        report = DatasetCache(arguments.cache, shard_items=2).build(
+            samples,
+            encoders,
+            device=torch.device("cpu"),
+            topology=topology,
+            on_bad_sample="skip" if arguments.skip else "stop",
+            poll_seconds=0.05,
+        )
+        told |= {"encoders": list(map(asdict, report.encoders)), "complete": report.complete}
+        told["unusable"] = {sample.key: reason for sample, reason in report.unusable.items()}
+    except UserError as error:
+        told |= {"error": str(error), "everywhere": error.everywhere}
+    told["encoded"] = [encoder.keys for encoder in encoders]
+    (arguments.out / f"rank-{topology.rank}.json").write_text(json.dumps(told))
+    topology.stop()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
 """The cache on real clips and pictures, with small encoders: what is encoded when, and what survives kills and damage."""
 
-import json
 import logging
 import shutil
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,11 +40,6 @@ def assert_same_content(one: dict[str, dict[str, Tensor]], other: dict[str, dict
     for key, fields in one.items():
         assert fields.keys() == other[key].keys()
         assert all(torch.equal(tensor, other[key][name]) for name, tensor in fields.items()), key
-
-
-def worker(environment: dict[str, str], *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.utils.data.encode_worker", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def shards(folder: Path, encoder: str = "pooling") -> list[Path]:
@@ -150,19 +141,6 @@ def test_batches_hold_one_shape(mixed: Path, tmp_path: Path):
 
 
 # ── kills and damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_killed_build_is_continued(mixed: Path, tmp_path: Path, process_environment: dict[str, str]):
-    killed = worker(process_environment, mixed, tmp_path / "cache", "--die-after", 5)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    continued = worker(process_environment, mixed, tmp_path / "cache")
-    report = json.loads(continued.communicate()[0])
-    # Shards of two: of the five that were encoded, four were written.
-    assert [(part["found"], part["encoded"]) for part in report["encoders"]] == [(4, 4), (0, 4)]
-    samples = samples_of(mixed)
-    build(DatasetCache(tmp_path / "straight"), samples, [Pooling(), Bytes()])
-    assert_same_content(content(tmp_path / "cache", samples), content(tmp_path / "straight", samples))
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "gone", "index"])

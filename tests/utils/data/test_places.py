@@ -106,7 +106,7 @@ def test_what_is_no_file_is_named(small, tmp_path: Path):
     assert refusal(data) == [
         f"{data}/gone.png: it cannot be read (No such file or directory)",
         f"{data}/itself.png: it cannot be read (Too many levels of symbolic links)",
-        f"{data}/pipe.png: it is no file, but a pipe, socket or device",
+        f"{data}/pipe.png: it cannot be read (it is no file, but a folder, a pipe or a device)",
     ]
     report = found_in(data, on_bad_sample="skip").report
     assert {*report.skipped} == {"data/gone.png", "data/itself.png", "data/pipe.png"}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,14 +65,7 @@ class DatasetCache:
         self.folder = folder
         self._shard_limits = {"max_items": shard_items, "max_bytes": shard_bytes, "max_seconds": shard_seconds}
         self._folders: dict[ConditionEncoder, ShardFolder] = {}
-        self._open = _opened_shards()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In another process: what is mapped to memory stays here."""
-        self.__dict__.update(state, _open=_opened_shards())
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: safe_open(shard, "pt"))
 
     # ── encoding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -186,7 +179,7 @@ class DatasetCache:
     def read(self, sample: Sample, encoders: Sequence[ConditionEncoder]) -> dict[str, Tensor]:
         """The outputs of all encoders for a sample with its ``caption``, by field; ``mask`` only if it has one.
 
-        May be called from several threads, and in other processes.  Raises UserError if something is missing or cannot be read.
+        May be called from several threads, and in forked processes.  Raises UserError if something is missing or cannot be read.
         """
         merged: dict[str, Tensor] = {}
         for encoder in encoders:
@@ -213,10 +206,6 @@ class DatasetCache:
             return {name: file.get_tensor(tensor_name(key, name)).clone() for name in place.fields}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{place.shard} cannot be read any more ({error}); start again to encode what it held") from error
-
-
-def _opened_shards() -> Callable[[Path], safe_open]:
-    return lru_cache(maxsize=OPEN_SHARDS)(lambda shard: safe_open(shard, "pt"))
 
 
 def broken_files(problems: Iterable[str]) -> UserError:

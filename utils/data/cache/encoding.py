@@ -24,6 +24,10 @@ TELL_SECONDS = 1.0
 """How often a rank tells the others how far it is."""
 
 
+Batch = tuple[list[str], list[EncodeItem], str, int]
+"""Keys, items, shape and cost of what an encoder gets at once."""
+
+
 class RankEncoding:
     """Takes pieces until there are no more, encodes them, and writes shards.  A network is loaded if there is something for it."""
 
@@ -63,7 +67,7 @@ class RankEncoding:
         )
         progress = Progress(self.team, place, ProgressLog(f"encoding with {encoder.name}", missing))
         fitting = Fitting(encoder)
-        work = ((key, inputs[key]) for piece in self._pieces(place) for key in piece.keys)
+        work = ([(key, inputs[key]) for key in piece.keys] for piece in self._pieces(place))
         encoded, loaded = 0, False
         try:
             with closing(self._batches(encoder, work)) as batches:
@@ -88,8 +92,8 @@ class RankEncoding:
         progress.tell()
         return encoded
 
-    def _batches(self, encoder: ConditionEncoder, work: Iterator[Work]) -> Iterator[tuple[list[str], list[EncodeItem], str, int]]:
-        """Keys, items, shape and cost of what the encoder gets at once: items of one shape."""
+    def _batches(self, encoder: ConditionEncoder, work: Iterator[list[Work]]) -> Iterator[Batch]:
+        """The items of the pieces, as far as they can be read, in batches of one shape."""
         keys: list[str] = []
         items: list[EncodeItem] = []
         shape, cost = "", 0

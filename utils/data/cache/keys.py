@@ -82,6 +82,7 @@ def _key(sample: Sample, caption: str, encoder: ConditionEncoder) -> str:
     if reads == "mask":
         content = sample.mask.content if sample.mask else f"alpha of {sample.content}"
         parts += ["mask", PIXELS_VERSION, content, _size(sample.bucket), *_time(sample), *_place(sample)]
+        parts += [] if sample.reading.animated == AS_IT_IS.animated else [sample.reading.animated]
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
@@ -95,9 +96,11 @@ def _time(sample: Sample) -> tuple[object, ...]:
 
 
 def _place(sample: Sample) -> tuple[object, ...]:
-    """The framing, for pictures of other sizes than the sample's own."""
+    """The framing, for what has another size than the sample itself: a box is the same part of it."""
     framing = sample.framing
-    return () if framing == CENTRE else ("framed", framing.box, framing.x, framing.y)
+    if framing == CENTRE:
+        return ()
+    return ("framed", framing.x, framing.y, *((framing.box, "of", sample.original_size) if framing.box else ()))
 
 
 def _cut(sample: Sample) -> tuple[object, ...]:

@@ -8,15 +8,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from utils.data import media
 from utils.data.cache.keys import Input, known_frames, num_pixels
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.files import DataFile, content_of
-from utils.data.media import MediaError
+from utils.data.media import MediaError, load_alpha_mask, load_mask, load_pixels
 from utils.data.values import Control, Sample
 
 DECODE_THREADS = 4
-ITEMS_AHEAD = 2 * DECODE_THREADS
 DECODED_BYTES_AHEAD = 1 << 30
 """Pixels that may wait for the encoder, beside the ones it works on."""
 CHANGED = "it has changed since the run looked at it; start again"
@@ -32,25 +30,34 @@ class ItemReader:
         self._known: dict[tuple[DataFile, str], tuple[int, int]] = {}
         """Size and time of change of files that were found to have this content."""
 
-    def ahead(self, work: Iterator[Work], encoder: ConditionEncoder) -> Iterator[tuple[Work, EncodeItem | MediaError]]:
-        """The work in its order, each with what the encoder reads or why there is none.  Little more of it is taken than is needed
-        to keep the threads busy, and of pixels ``DECODED_BYTES_AHEAD`` at most, or one item.
+    def ahead(self, pieces: Iterator[list[Work]], encoder: ConditionEncoder) -> Iterator[tuple[Work, EncodeItem | MediaError]]:
+        """The work in its order, each with what the encoder reads or why there is none.
+
+        While the encoder is busy one piece more is read, or as much of it as ``DECODED_BYTES_AHEAD`` holds.  No further piece is
+        taken: another rank may be free before this one.
         """
+        todo: deque[Work] = deque()
         waiting: deque[tuple[Work, int, Future[EncodeItem]]] = deque()
-        waiting_bytes = 0
+        size = 0
+
+        def fill() -> None:
+            nonlocal size
+            while not waiting or sum(nbytes for _, nbytes, _ in waiting) < DECODED_BYTES_AHEAD:
+                if not todo and (not waiting or len(waiting) < size):
+                    todo.extend(next(pieces, ()))
+                    size = len(todo)
+                if not todo:
+                    return
+                entry = todo.popleft()
+                nbytes = 12 * num_pixels(entry[1].sample, encoder)
+                waiting.append((entry, nbytes, pool.submit(self.item, entry[1], encoder)))
+
         pool = ThreadPoolExecutor(DECODE_THREADS)
         try:
-            while True:
-                while not waiting or (len(waiting) < ITEMS_AHEAD and waiting_bytes < DECODED_BYTES_AHEAD):
-                    if (entry := next(work, None)) is None:
-                        break
-                    nbytes = 12 * num_pixels(entry[1].sample, encoder)
-                    waiting.append((entry, nbytes, pool.submit(self.item, entry[1], encoder)))
-                    waiting_bytes += nbytes
-                if not waiting:
-                    return
-                entry, nbytes, future = waiting.popleft()
-                waiting_bytes -= nbytes
+            fill()
+            while waiting:
+                entry, _, future = waiting.popleft()
+                fill()
                 try:
                     yield entry, future.result()
                 except MediaError as error:
@@ -117,16 +124,17 @@ def _unreadable(file: DataFile, error: OSError) -> MediaError:
 
 
 def _pixels(sample: Sample, max_frames: int | None) -> Tensor:
-    return media.load_pixels(sample.file, sample.bucket, sample.fps, sample.first_frame, max_frames, sample.framing, sample.reading)
+    return load_pixels(sample.file, sample.bucket, sample.fps, sample.first_frame, max_frames, sample.framing, sample.reading)
 
 
 def _picture(control: Control, sample: Sample) -> Tensor:
     """A picture that belongs to a sample: scaled and cropped as the sample is."""
-    still = replace(sample.reading, animated="first_frame")
-    return media.load_pixels(control.file, replace(sample.bucket, frames=1), framing=sample.framing, reading=still)
+    size, still = replace(sample.bucket, frames=1), replace(sample.reading, animated="first_frame")
+    return load_pixels(control.file, size, framing=sample.framing, reading=still, item_size=sample.original_size)
 
 
 def _mask(sample: Sample) -> Tensor:
+    how = (sample.bucket, sample.fps, sample.first_frame, sample.framing, sample.reading)
     if sample.mask is None:
-        return media.load_alpha_mask(sample.file, sample.bucket, sample.fps, sample.first_frame, sample.framing, sample.reading)
-    return media.load_mask(sample.mask.file, sample.bucket, sample.fps, sample.first_frame, sample.framing, sample.reading)
+        return load_alpha_mask(sample.file, *how)
+    return load_mask(sample.mask.file, *how, item_size=sample.original_size)
