@@ -81,6 +81,10 @@ def check(loaded: LoadedConfig, page: PageRequest | None = None, stop: Callable[
     return 0
 
 
+def cache_of(config: RunConfig) -> DatasetCache:
+    return DatasetCache(config.cache_dir or config.output_dir / "cache")
+
+
 def look(
     loaded: LoadedConfig, family: ModelFamily, encoders: Sequence[ConditionEncoder], stop: Callable[[], str]
 ) -> list[DataFindings]:
@@ -88,7 +92,8 @@ def look(
     found = []
     for name, dataset in {"training": loaded.dataset, **loaded.eval_datasets}.items():
         seed = loaded.run.seed if name == "training" else None
-        scanned = scan(dataset, family.size_rules, hash_cache=None, controls=family.controls, caption_seed=seed, stop=stop)
+        rules = {"hash_cache": cache_of(loaded.run).folder / "files.json", "controls": family.controls, "caption_seed": seed}
+        scanned = scan(dataset, family.size_rules, **rules, stop=stop)
         data = findings_of(name, scanned, family.size_rules, encoders)
         found.append(with_epoch(data, loaded.run) if name == "training" else data)
     return found
@@ -113,7 +118,7 @@ class _Decoder:
     """Shows what the VAE makes of cached latents.  The VAE is loaded when the first ones are found."""
 
     def __init__(self, config: RunConfig, encoders: Sequence[ConditionEncoder]):
-        self.cache = DatasetCache(config.cache_dir or config.output_dir / "cache")
+        self.cache = cache_of(config)
         self.vae = next(encoder for encoder in encoders if isinstance(encoder, LatentEncoder) and encoder.reads == "pixels")
         self.device = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
         self._loaded = False
