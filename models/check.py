@@ -17,6 +17,7 @@ from models.base import ModelFamily
 from models.common.latent_encoders import LatentEncoder
 from utils.adapters.manager import trainable_parameters
 from utils.checkpoints.checkpoint import Progress
+from utils.config.dataset import DirectoryConfig
 from utils.config.load import LoadedConfig
 from utils.config.schema import RunConfig
 from utils.data.batches import EpochOrder
@@ -94,9 +95,16 @@ def look(
         seed = loaded.run.seed if name == "training" else None
         rules = {"hash_cache": cache_of(loaded.run).folder / "files.json", "controls": family.controls, "caption_seed": seed}
         scanned = scan(dataset, family.size_rules, **rules, stop=stop)
-        data = findings_of(name, scanned, family.size_rules, encoders)
+        folders = [folder for directory in dataset.directory for folder in folders_of(directory)]
+        data = findings_of(name, scanned, family.size_rules, encoders, folders)
         found.append(with_epoch(data, loaded.run) if name == "training" else data)
     return found
+
+
+def folders_of(directory: DirectoryConfig) -> list[Path]:
+    """Where its files are, and those that belong to them."""
+    beside = (directory.mask_path, directory.first_frame_path, directory.last_frame_path)
+    return [directory.path, *directory.control_paths, *filter(None, beside)]
 
 
 def with_epoch(data: DataFindings, config: RunConfig) -> DataFindings:

@@ -207,16 +207,20 @@ def test_skipped_files_are_in_both(pictures, wan, tmp_path, caplog):
     (pictures / "broken.png").write_bytes((pictures / "astronaut.png").read_bytes()[:5000])
     (pictures / "broken.txt").write_text("a broken picture")
     Image.new("RGB", (20, 20)).save(pictures / "bare.png")
-    dataset = {"resolutions": [64], "directory": [{"path": str(pictures)}]}
+    masks = pictures.with_name("masks")
+    masks.mkdir()
+    Image.new("L", (40, 20)).save(masks / "coffee.png")
+    dataset = {"resolutions": [64], "directory": [{"path": str(pictures), "mask_path": str(masks)}]}
     with pytest.raises(UserError, match=r"(?s)bare\.png.*broken\.png|broken\.png.*bare\.png"):
         check(config_of(tmp_path, wan, dataset), PageRequest(tmp_path / "page"))
     assert list((tmp_path / "page").iterdir()) == []
     loaded = config_of(tmp_path, wan, {**dataset, "on_bad_sample": "skip"})
     page = page_of(loaded, caplog, tmp_path)
     [named] = [entries for title, entries in page.lists.items() if title.startswith("skipped")]
-    assert [entry.split(":")[0] for entry in sorted(named)] == ["pictures/bare.png", "pictures/broken.png"]
+    assert [entry.split(":")[0] for entry in sorted(named)] == [f"pictures/{name}.png" for name in ("bare", "broken", "coffee")]
+    assert "its mask masks/coffee.png: it has 40x20 pixels" in max(named)
     assert [entry for entry in named if f"  {entry}" not in caplog.text] == []
-    assert len(page.cards) == 3
+    assert len(page.cards) == 2
 
 
 def test_duplicates_and_what_is_enlarged(assets, pictures, wan, tmp_path, caplog):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 
 from utils.data.batches import EpochOrder
 from utils.data.encoders import ConditionEncoder, TokenLength
@@ -96,6 +97,8 @@ class DataFindings:
     scan: Scan
     buckets: list[BucketFindings]
     captions: list[CaptionFindings]
+    folders: Sequence[Path] = ()
+    """Where the files are, and what belongs to them: of their paths nothing but their names is told."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the whole: how long an epoch is."""
 
@@ -108,6 +111,14 @@ class DataFindings:
         size = order.micro_batch_size
         buckets = [replace(part, batch_size=size, batches=-(-int(part.in_epoch) // size)) for part in self.buckets]
         return replace(self, buckets=buckets, notes=[*order.report(micro_batches_per_step), told])
+
+    def without_paths(self, text: str, directory: DirectoryReport) -> str:
+        """A text on a file of a directory, which may hold paths: files of the directory are called by their names in it."""
+        text = text.replace(f"{directory.path}/", "").replace(f"{directory.path.resolve()}/", "")
+        parents = {place.parent for folder in self.folders for place in (folder, folder.resolve()) if place.is_absolute()}
+        for parent in sorted(parents, key=lambda parent: -len(parent.parts)):
+            text = text.replace(f"{parent}/", "")
+        return text
 
     def samples_of(self, directory: DirectoryReport) -> list[Sample]:
         return [sample for sample in self.samples if sample.key.startswith(f"{directory.name}/")]
@@ -134,7 +145,9 @@ def captions_of(sample: Sample) -> list[tuple[str, int]]:
     return [(shown.caption, len(sample.controls)) for shown in alternatives(sample)]
 
 
-def findings_of(name: str, found: Scan, rules: SizeRules, encoders: Sequence[ConditionEncoder]) -> DataFindings:
+def findings_of(
+    name: str, found: Scan, rules: SizeRules, encoders: Sequence[ConditionEncoder], folders: Sequence[Path] = ()
+) -> DataFindings:
     """Facts of data that are evaluated one by one.  UserError if a tokenizer cannot be used."""
     grouped: dict[Bucket, list[Sample]] = {}
     for sample in found.samples:
@@ -143,7 +156,7 @@ def findings_of(name: str, found: Scan, rules: SizeRules, encoders: Sequence[Con
         BucketFindings(bucket, rules.tokens(bucket), samples, sum((sample.repeats for sample in samples), Fraction(0)))
         for bucket, samples in sorted(grouped.items())
     ]
-    return DataFindings(name, found, buckets, count_tokens(found.samples, encoders))
+    return DataFindings(name, found, buckets, count_tokens(found.samples, encoders), folders)
 
 
 def count_tokens(samples: Sequence[Sample], encoders: Sequence[ConditionEncoder]) -> list[CaptionFindings]:

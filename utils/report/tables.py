@@ -140,9 +140,8 @@ def unused(data: DataFindings) -> NamedList:
 
 
 def _named(data: DataFindings, field: Literal["skipped", "unused"]) -> list[tuple[str, str]]:
-    """Without the path of the directory, which reasons may hold."""
     return [
-        (f"{part.name}/{name}", reason.replace(f"{part.path}/", ""))
+        (f"{part.name}/{name}", data.without_paths(reason, part))
         for part in data.scan.report.directories
         for name, reason in getattr(part, field).items()
     ]
