@@ -20,7 +20,7 @@ if __name__ == "__main__":
     stopper.listen()
 
 from models import load_family
-from models.assembly import build_layers, describe_weights, export_writer, learning_rates, read_loras
+from models.assembly import build_layers, describe_weights, epoch_order, export_writer, learning_rates, read_loras
 from models.base import ModelFamily
 from models.check import PageRequest, check
 from utils.adapters.manager import trainable_parameters
@@ -30,11 +30,12 @@ from utils.checkpoints.run_exports import RunExporter
 from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig, seconds_in
-from utils.data.batches import BatchLoader, EpochOrder
+from utils.data.batches import BatchLoader
 from utils.data.cache import DatasetCache, broken_files
 from utils.data.masks import MaskEncoder, has_mask
 from utils.data.sources import Scan, scan
 from utils.data.values import Sample
+from utils.data.workers import WorkerPool
 from utils.errors import UserError, listed
 from utils.evaluation import EvalData
 from utils.metrics import MetricLog, setup_logging
@@ -192,6 +193,13 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
     if args.cache_only:
         return
 
+    # What is trained on in which order, and who reads it: forked now, the workers have none of the weights in memory.
+    order = epoch_order(config, family, found["training"].samples)
+    workers = WorkerPool(config.num_loader_workers)
+    loaders = {name: BatchLoader(cache, part.samples, encoders, family.prepare_inputs, workers) for name, part in found.items()}
+    if topology.reads_data:
+        workers.start()
+
     # The layers of this stage, with their weights.
     own = layers[boundaries[topology.stage] : boundaries[topology.stage + 1]]
     mine = {name: everywhere[name] for name in names_of(own, transformer) if name in everywhere}
@@ -215,13 +223,11 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
         optimizer,
         family.loss,
         trainable_names=list(everywhere),
-        micro_batch_size=config.micro_batch_size_per_gpu,
         accumulation=config.gradient_accumulation_steps,
         gradient_clipping=config.gradient_clipping,
     )
 
     # And the loop.
-    order = EpochOrder(found["training"].samples, config.micro_batch_size_per_gpu, config.seed)
     log.info("%s", "\n".join(order.report(topology.replicas * config.gradient_accumulation_steps)))
     progress = position(checkpoint.progress, order) if checkpoint else Progress()
     schedule = Schedule.of(config, order, topology.replicas, progress)
@@ -242,13 +248,8 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
         trained=Trained(mine, optimizer, config.ema, topology, checkpoint),
         rates=rates,
         order=order,
-        loader=BatchLoader(cache, found["training"].samples, encoders, max(1, config.num_loader_workers)),
-        eval_data={
-            name: EvalData(part.samples, BatchLoader(cache, part.samples, encoders, max(1, config.num_loader_workers)))
-            for name, part in found.items()
-            if name != "training"
-        },
-        prepare=family.prepare_inputs,
+        loader=loaders["training"],
+        eval_data={name: EvalData(part.samples, loaders[name]) for name, part in found.items() if name != "training"},
         saver=RunSaver(
             topology,
             CheckpointManager(folder.path, topology, Retention.of(config)),
@@ -267,6 +268,7 @@ def run(loaded: LoadedConfig, args: argparse.Namespace, topology: Topology, watc
         progress = trainer.train()
     finally:
         metrics.close()
+        workers.close()
     log.info("finished: %d steps, %d samples; everything is in %s", progress.step, progress.samples, folder.path)
 
 

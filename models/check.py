@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from models import load_family
-from models.assembly import build_layers, describe_weights, learning_rates, read_loras
+from models.assembly import build_layers, describe_weights, epoch_order, learning_rates, read_loras
 from models.base import ModelFamily
 from models.common.latent_encoders import LatentEncoder
 from utils.adapters.manager import trainable_parameters
@@ -20,7 +20,6 @@ from utils.checkpoints.checkpoint import Progress
 from utils.config.dataset import DirectoryConfig
 from utils.config.load import LoadedConfig
 from utils.config.schema import RunConfig
-from utils.data.batches import EpochOrder
 from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder
 from utils.data.sources import scan
@@ -97,7 +96,7 @@ def look(
         scanned = scan(dataset, family.size_rules, **rules, stop=stop)
         folders = [folder for directory in dataset.directory for folder in folders_of(directory)]
         data = findings_of(name, scanned, family.size_rules, encoders, folders)
-        found.append(with_epoch(data, loaded.run) if name == "training" else data)
+        found.append(with_epoch(data, loaded.run, family) if name == "training" else data)
     return found
 
 
@@ -107,14 +106,14 @@ def folders_of(directory: DirectoryConfig) -> list[Path]:
     return [directory.path, *directory.control_paths, *filter(None, beside)]
 
 
-def with_epoch(data: DataFindings, config: RunConfig) -> DataFindings:
+def with_epoch(data: DataFindings, config: RunConfig, family: ModelFamily) -> DataFindings:
     """The training data with what an epoch makes of them."""
     processes = int(os.environ["WORLD_SIZE"])
     replicas = replicas_for(processes, config.pipeline_stages) if processes > 1 else 1
-    order = EpochOrder(data.samples, config.micro_batch_size_per_gpu, config.seed)
+    order = epoch_order(config, family, data.samples)
     schedule = Schedule.of(config, order, replicas, Progress())
     told = f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} steps in all, with {replicas} replica(s)"
-    return data.trained(order, replicas * config.gradient_accumulation_steps, told)
+    return data.trained(order, schedule.batch.micro_batches, told)
 
 
 def describe_layers(layers: list[PipelineLayer]) -> str:

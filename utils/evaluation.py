@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.data.batches import BatchLoader, MicroBatchPlan
-from utils.data.values import Batch, MicroBatch, Sample
+from utils.data.batches import BatchLoader
+from utils.data.order import MicroBatchPlan
+from utils.data.values import Sample
 from utils.draw import Draw
 from utils.metrics import MetricLog
 from utils.pipeline.engine import StageEngine
@@ -42,13 +43,12 @@ class Evaluation:
         engine: StageEngine,
         trained: Trained,
         data: Mapping[str, EvalData],
-        prepare: Callable[[Batch, Draw], MicroBatch],
         metrics: MetricLog,
         *,
         timesteps: Sequence[float],
         seed: int,
     ):
-        self.topology, self.engine, self.trained, self.data, self.prepare = topology, engine, trained, data, prepare
+        self.topology, self.engine, self.trained, self.data = topology, engine, trained, data
         self.metrics, self.timesteps, self.seed = metrics, timesteps, seed
         self._step: int | None = None
         self._losses: dict[str, float] = {}
@@ -84,8 +84,7 @@ class Evaluation:
         count = -(-len(plans) // topology.replicas)
         padded = mine + (mine or plans)[-1:] * (count - len(mine))
         draw = Draw(self.seed, EVALUATION_EPOCH, fixed_time=place)
-        reads = topology.stage in (0, topology.stages - 1)
-        batches = data.loader.prepared(((plan, draw) for plan in padded), self.prepare) if reads else iter(())
+        batches = data.loader.prepared((plan, draw) for plan in padded) if topology.reads_data else iter(())
         losses: list[float] = []
         everywhere: list[float] = []
         for first in range(0, count, EVAL_CHUNK * topology.stages):

@@ -18,7 +18,8 @@ from utils.checkpoints.checkpoint import Checkpoint, Progress, differences, kind
 from utils.checkpoints.tensor_files import SafetensorsFile, TensorInfo
 from utils.config.describe import table_of
 from utils.config.schema import AdapterConfig, RunConfig
-from utils.data.batches import EpochOrder
+from utils.data.batch_sizes import BatchSizes
+from utils.data.order import EpochOrder
 from utils.errors import UserError, listed
 from utils.schedule import GlobalBatch, Schedule
 
@@ -29,6 +30,7 @@ _FREE_IN_ADAPTER = {"dropout", "init_from"}
 _WAY_OUT = "Set back what changed, or start another run (a new run_name), which can begin with this run's export: {start}"
 _STARTS = {True: "[adapter] init_from", False: "[model] transformer_path"}
 NAMED_WEIGHTS = 3
+NAMED_BUCKETS = 4
 
 
 def refuse_other_weights(checkpoint: Checkpoint, record: Mapping[str, Any], trained: Mapping[str, Tensor]) -> None:
@@ -153,31 +155,47 @@ def _report_changes(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
 
 def _report_batch(checkpoint: Checkpoint, progress: Progress, order: EpochOrder, schedule: Schedule) -> None:
     """Log whether the steps are the same ones on this many GPUs, and if not, what follows from it."""
-    before, now = GlobalBatch.of(checkpoint.record["settings"], checkpoint.manifest["written_by"]["replicas"]), schedule.batch
-    if before.micro_batch_size != now.micro_batch_size:
+    settings = checkpoint.record["settings"]
+    was_order = EpochOrder(order.samples, BatchSizes.of(settings, order.sizes.rules), order.seed)
+    before, now = GlobalBatch.of(was_order, settings, checkpoint.manifest["written_by"]["replicas"]), schedule.batch
+    same_sizes = was_order.batch_sizes == order.batch_sizes
+    if not same_sizes:
         log.warning(
-            "micro_batch_size_per_gpu was %d, is %d: samples are put together in another way, so some samples of epoch %d are "
+            "a micro-batch had %s samples, has %s: samples are put together in another way, so some samples of epoch %d are "
             "shown twice and some not; later epochs show each as before",
-            before.micro_batch_size,
-            now.micro_batch_size,
+            *_sizes(was_order, order),
             progress.epoch + 1,
         )
-    elif before != now and before.samples == now.samples:
+    elif before != now and before.micro_batches == now.micro_batches:
         log.info("the global batch stays %s: the same samples and noise, only rounding differs", now)
-    if before.samples != now.samples:
-        was_order = EpochOrder(order.samples, before.micro_batch_size, order.seed)
-        kept, rest = divmod(before.samples, now.micro_batch_size * now.replicas)
-        way_out = "" if rest else f"; gradient_accumulation_steps = {kept} would keep it"
+    if before.samples and now.samples:
+        changed, kept, rest = before.samples != now.samples, *divmod(before.samples, now.samples // now.accumulation)
+    else:
+        changed, kept, rest = before.micro_batches != now.micro_batches, *divmod(before.micro_batches, now.replicas)
+    if changed:
+        epoch = order.next_epoch(progress.epoch + 1)
         log.warning(
             "the global batch was %s, is %s%s. Steps count as before: from step %d, sample %d of epoch %d, on an epoch has %d "
             "steps instead of %d, and the run ends after step %d. Warm-up, schedule, and what is done every n steps go by steps",
             before,
             now,
-            way_out,
+            "" if rest else f"; gradient_accumulation_steps = {kept} would keep it",
             progress.step,
             progress.epoch_samples,
             progress.epoch + 1,
-            schedule.steps_per_epoch,
-            was_order.steps_per_epoch(before.micro_batches),
+            order.num_steps(epoch, now.micro_batches),
+            was_order.num_steps(epoch, before.micro_batches),
             schedule.total_steps,
         )
+
+
+def _sizes(was: EpochOrder, now: EpochOrder) -> tuple[str, str]:
+    """The sizes of micro-batches before and now: ``2`` where all are the same, else those of the buckets that have changed."""
+    found = (was.batch_sizes, now.batch_sizes)
+    if all(len(set(sizes.values())) == 1 for sizes in found):
+        return str(next(iter(found[0].values()))), str(next(iter(found[1].values())))
+    changed = [bucket for bucket, size in found[0].items() if size != found[1][bucket]]
+    named = changed[:NAMED_BUCKETS]
+    more = ", …" if len(changed) > len(named) else ""
+    before, after = (", ".join(f"{sizes[bucket]} of {bucket}" for bucket in named) + more for sizes in found)
+    return before, after

@@ -88,6 +88,11 @@ class Topology:
         return self.rank == 0
 
     @property
+    def reads_data(self) -> bool:
+        """The first stage has the inputs, the last one the targets; those between get everything from their neighbours."""
+        return self.stage in (0, self.stages - 1)
+
+    @property
     def writes_weights(self) -> bool:
         """One replica of each stage writes; the others hold the same."""
         return self.replica == 0

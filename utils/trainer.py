@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from utils.bad_steps import BadSteps
 from utils.checkpoints.checkpoint import Checkpoint, Progress
 from utils.config.schema import RunConfig
-from utils.data.batches import BatchLoader, EpochOrder, MicroBatchPlan
-from utils.data.values import Batch, MicroBatch
+from utils.data.batches import BatchLoader, Timed
+from utils.data.order import EpochOrder, MicroBatchPlan
 from utils.draw import Draw
 from utils.evaluation import EvalData, Evaluation
 from utils.metrics import MetricLog
@@ -22,7 +22,7 @@ from utils.optim.schedules import learning_rate_factor
 from utils.pipeline.engine import StageEngine
 from utils.resume import report_resume
 from utils.saving import RunSaver
-from utils.schedule import Schedule, data_fingerprint
+from utils.schedule import DataStep, Schedule, data_fingerprint, data_step
 from utils.stopping import Stopped, Stopper, Wishes
 from utils.topology import Topology
 from utils.trained import Trained
@@ -50,7 +50,6 @@ class Trainer:
         order: EpochOrder,
         loader: BatchLoader,
         eval_data: Mapping[str, EvalData],
-        prepare: Callable[[Batch, Draw], MicroBatch],
         saver: RunSaver,
         metrics: MetricLog,
         stopper: Stopper,
@@ -60,15 +59,14 @@ class Trainer:
         checkpoint: Checkpoint | None,
     ):
         self.config, self.topology, self.engine, self.trained, self.rates = config, topology, engine, trained, rates
-        self.order, self.loader, self.prepare = order, loader, prepare
+        self.order, self.loader = order, loader
         self.saver, self.metrics, self.stopper, self.watch = saver, metrics, stopper, watch
         held_out = {"timesteps": config.eval_timesteps, "seed": config.seed}
-        self.evaluation = Evaluation(topology, engine, trained, eval_data, prepare, metrics, **held_out)
+        self.evaluation = Evaluation(topology, engine, trained, eval_data, metrics, **held_out)
         self.agreed = Wishes()
         """What the ranks asked for at their last exchange."""
         self.record = {**record, "seed": config.seed, "data": data_fingerprint(order)}
         self.progress, self.schedule = progress, Schedule.of(config, order, topology.replicas, progress)
-        self.micro_batches_per_step, self.samples_per_step = self.schedule.batch.micro_batches, self.schedule.batch.samples
         self.bad_steps = BadSteps(config.max_bad_steps)
         self._last_checkpoint_time = time.monotonic()
         if checkpoint is not None:
@@ -127,18 +125,18 @@ class Trainer:
         self._finish_saving()
         raise Stopped.by(self.agreed)
 
-    def _step(self, batches: Iterator[MicroBatch]) -> None:
+    def _step(self, batches: Timed) -> None:
         started = time.perf_counter()
+        data = self._data_at(self.progress)
         step = self.progress.step
         factor = self._lr_factor()
         self.trained.optimizer.set_lr(factor)
         result = self.engine.train_step(step, batches)
         seconds = time.perf_counter() - started
-        batch = [] if result.applied else self._plans_at(self.progress)
-        samples = self.samples_per_step
-        self.progress = self.progress.after_step(samples, epoch_is_over=self._epoch_ends(self.progress))
+        self.progress = data.after
         if self.trained.average is not None and result.applied:
             self.trained.average.update(self.progress.step)
+        memory, waited = self._exchange(batches.taken())
         values = {
             "step": self.progress.step,
             "epoch": self.progress.epochs_begun,
@@ -147,14 +145,15 @@ class Trainer:
             "grad_norm": result.grad_norm,
             **self.rates.scaled(factor),
             "seconds": seconds,
-            "samples_per_second": samples / seconds,
-            "stage_memory_gb": self._exchange(),
+            "samples_per_second": data.samples / seconds,
+            "data_wait_seconds": waited,
+            "stage_memory_gb": memory,
         }
         self.metrics.step(values)
         if result.applied:
             self.bad_steps.good()
         else:
-            keys = [key for plan in batch for key in plan.keys]
+            keys = [key for plan in data.plans for key in plan.keys]
             self.bad_steps.bad(self.progress.step, result.loss, result.grad_norm, keys)
             self.metrics.event("refused_step", {"step": self.progress.step, "samples": keys})
 
@@ -221,30 +220,25 @@ class Trainer:
 
     # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _first_micro_batch(self, progress: Progress) -> int:
-        return progress.epoch_samples // self.config.micro_batch_size_per_gpu
-
-    def _epoch_ends(self, progress: Progress) -> bool:
-        return self._first_micro_batch(progress) + self.micro_batches_per_step >= self.order.num_micro_batches
-
-    def _plans_at(self, progress: Progress) -> list[MicroBatchPlan]:
+    def _data_at(self, progress: Progress) -> DataStep:
         """The global batch of the step that begins at this progress."""
-        return self.order.global_batch(progress.epoch, self._first_micro_batch(progress), self.micro_batches_per_step)
+        return data_step(progress, self.order, self.schedule.batch.micro_batches)
 
-    def _training_batches(self) -> Iterator[MicroBatch]:
-        """This replica's micro-batches from here to the end, read and prepared ahead of the steps by the loader's threads."""
+    def _training_batches(self) -> Timed:
+        """This replica's micro-batches from here to the end, read and prepared ahead of the steps by the loader's workers."""
         topology = self.topology
-        if 0 < topology.stage < topology.stages - 1:
-            return iter(())  # stages in the middle get everything from their neighbours
+        if not topology.reads_data:
+            return Timed(iter(()))
 
         def work() -> Iterator[tuple[MicroBatchPlan, Draw]]:
             progress = self.progress
             while progress.step < self.schedule.total_steps:
-                for plan in self._plans_at(progress)[topology.replica :: topology.replicas]:
-                    yield plan, Draw(self.config.seed, progress.epoch)
-                progress = progress.after_step(self.samples_per_step, epoch_is_over=self._epoch_ends(progress))
+                data = self._data_at(progress)
+                for plan in data.plans[topology.replica :: topology.replicas]:
+                    yield plan, Draw(self.config.seed, data.epoch)
+                progress = data.after
 
-        return self.loader.prepared(work(), self.prepare)
+        return Timed(self.loader.prepared(work()))
 
     # ── saving ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -265,11 +259,12 @@ class Trainer:
         self.agreed = Wishes.of_all(wishes for _, wishes in reports)
         return [value for value, _ in reports], bool(self.agreed.ends)
 
-    def _exchange(self) -> list[float]:
+    def _exchange(self, waited: float) -> tuple[list[float], float]:
         """What all ask for after a step; and, returned, the peak memory of each rank so far, in GB: the GPU's, or without one the
-        process's."""
+        process's; and the longest time that one of them has waited for data, in seconds."""
         if self.topology.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.topology.device) / 1e9
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        return self._agree(round(peak, 3))[0]
+        reports, _ = self._agree((round(peak, 3), waited))
+        return [memory for memory, _ in reports], max(waited for _, waited in reports)

@@ -98,7 +98,6 @@ def build(
         optimizer,
         family.loss,
         trainable_names=list(everywhere),
-        micro_batch_size=2,
         accumulation=GLOBAL_BATCH // topology.replicas,
         gradient_clipping=settings["gradient_clipping"],
     )

@@ -10,13 +10,15 @@ from models import load_family
 from models.qwen_image import tiny as qwen_image
 from models.sdxl import tiny as sdxl
 from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.batches import BatchLoader, MicroBatchPlan
+from utils.data.batches import BatchLoader
 from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder, EncodeItem
 from utils.data.media import load_pixels
+from utils.data.order import MicroBatchPlan
 from utils.data.sources import scan
 from utils.data.values import Bucket, Sample
 from utils.data.variants import alternatives, as_shown
+from utils.data.workers import WorkerPool
 from utils.draw import Draw
 
 CPU = torch.device("cpu")
@@ -77,7 +79,7 @@ def test_every_variant_is_encoded_as_if_it_were_alone(name: str, variant: str, a
             assert found.keys() == expected[each.key, each.caption].keys()
             assert all(torch.equal(value, expected[each.key, each.caption][field]) for field, value in found.items())
 
-    loader, sample = BatchLoader(cache, samples, encoders, 1), samples[0]
+    loader, sample = BatchLoader(cache, samples, encoders, family.prepare_inputs, WorkerPool(0)), samples[0]
     seen = set()
     for epoch in range(12):
         batch = loader.read(plan := MicroBatchPlan.single(0, sample.key), draw := Draw(5, epoch))

@@ -78,7 +78,6 @@ def build_engine(topology: Topology, accumulation: int) -> StageEngine:
         RunOptimizer(mine, OPTIMIZER),
         lambda output, target: averaged(output["prediction"], target["velocity"]),
         trainable_names=list(everywhere),
-        micro_batch_size=1,
         accumulation=accumulation,
         gradient_clipping=CLIP,
     )

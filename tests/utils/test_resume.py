@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.utils.data.test_batches import BUCKETS, sample
+from tests.utils.data.orders import BUCKETS, RULES, sample
 from utils.checkpoints.checkpoint import Checkpoint, Progress, sealed
 from utils.config.schema import RunConfig
-from utils.data.batches import EpochOrder
+from utils.data.batch_sizes import BatchSizes
+from utils.data.order import EpochOrder
 from utils.errors import UserError
 from utils.resume import refuse_other_weights, report_resume
 from utils.schedule import Schedule, data_fingerprint
@@ -140,17 +141,17 @@ def test_other_master_weights_are_refused_only_where_there_are_any(written):
     refuse_other_weights(written(), now, WEIGHTS)
 
 
-SAMPLES = [sample(number, BUCKETS[0], 1) for number in range(48)]
+SAMPLES = [sample(number, BUCKETS[0]) for number in range(48)]
 DATA = data_fingerprint(EpochOrder(SAMPLES, 1, 0))
 
 
-def reported(checkpoint: Checkpoint, caplog, replicas: int, **changes) -> str:
+def reported(checkpoint: Checkpoint, caplog, replicas: int, samples=SAMPLES, **changes) -> str:
     """In the middle of the first of four epochs."""
     config, progress = run_config(**changes), Progress(3, 0, 24, 24)
-    order = EpochOrder(SAMPLES, config.micro_batch_size_per_gpu, config.seed)
+    order = EpochOrder(samples, BatchSizes.of(dict(config), RULES), config.seed)
     schedule = Schedule.of(config, order, replicas, progress)
     with caplog.at_level("INFO"):
-        report_resume(checkpoint, record_of(config, data=DATA), progress, order, schedule, 1e-4)
+        report_resume(checkpoint, record_of(config, data=data_fingerprint(order)), progress, order, schedule, 1e-4)
     return "\n".join(entry.message for entry in caplog.records)
 
 
@@ -183,9 +184,45 @@ def test_another_batch_is_told_with_its_effect_and_how_to_keep_it(written, caplo
 def test_another_micro_batch_size_is_told_to_change_the_order(written, caplog):
     checkpoint = written(**record_of(run_config(**BEFORE), data=DATA))
     said = reported(checkpoint, caplog, 2, micro_batch_size_per_gpu=4, gradient_accumulation_steps=1)
-    assert "micro_batch_size_per_gpu was 2, is 4: samples are put together in another way" in said
+    assert "micro_batch_size_per_gpu was 2, is 4" in said
+    assert "a micro-batch had 2 samples, has 4: samples are put together in another way, so some samples of epoch 1 are" in said
     assert "the global batch was" not in said
     assert "the same samples and noise" not in said
+
+
+# 24 pictures and 24 clips.  A budget of 96 tokens has room for 6 and 2 of them, one of 64 for 4 and 1.
+MIXED = [sample(number, BUCKETS[number % 2]) for number in range(48)]
+BUDGET = {"max_tokens_per_micro_batch": 96, "gradient_accumulation_steps": 2}
+
+
+def test_a_budget_of_tokens_that_stays_is_no_change(written, caplog):
+    checkpoint = written(**record_of(run_config(**BUDGET), data=data_fingerprint(EpochOrder(MIXED, 1, 0))))
+    said = reported(checkpoint, caplog, 2, MIXED, **BUDGET)
+    assert said.startswith("continuing from step 3 (epoch 1)")
+    said = reported(checkpoint, caplog, 1, MIXED, **{**BUDGET, "gradient_accumulation_steps": 4})
+    assert "the global batch stays 4 micro-batches (accumulation 4 x replicas 1) of 2 to 6 samples" in said
+
+
+def test_another_budget_of_tokens_is_told_with_the_buckets_it_changes(written, caplog):
+    checkpoint = written(**record_of(run_config(**BUDGET), data="abc"))
+    said = reported(checkpoint, caplog, 2, MIXED, **{**BUDGET, "max_tokens_per_micro_batch": 64})
+    assert "a micro-batch had 6 of 64x64x1, 2 of 64x64x9 samples, has 4 of 64x64x1, 1 of 64x64x9: samples are put together" in said
+    assert "the global batch" not in said
+
+
+def test_another_number_of_micro_batches_is_told_with_its_effect(written, caplog):
+    checkpoint = written(**record_of(run_config(**BUDGET), data="abc"))
+    said = reported(checkpoint, caplog, 1, MIXED, **BUDGET)
+    assert "the global batch was 4 micro-batches (accumulation 2 x replicas 2) of 2 to 6 samples, is 2 micro-batches" in said
+    assert "gradient_accumulation_steps = 4 would keep it" in said
+    # 24 / 6 + 24 / 2 micro-batches an epoch.
+    assert "on an epoch has 8 steps instead of 4" in said
+
+
+def test_a_checkpoint_of_one_size_goes_on_with_a_budget(written, caplog):
+    checkpoint = written(**record_of(run_config(**BEFORE), data="abc"))
+    said = reported(checkpoint, caplog, 2, MIXED, **BUDGET)
+    assert "a micro-batch had 2 of 64x64x1 samples, has 6 of 64x64x1" in said
 
 
 def test_other_data_and_new_settings(written, caplog):

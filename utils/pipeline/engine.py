@@ -85,7 +85,6 @@ class StageEngine(PatchedPipelineEngine):
         loss: LossFunction,
         *,
         trainable_names: Sequence[str],
-        micro_batch_size: int,
         accumulation: int,
         gradient_clipping: float,
     ) -> "StageEngine":
@@ -93,7 +92,8 @@ class StageEngine(PatchedPipelineEngine):
         from deepspeed.runtime.config import DeepSpeedConfig
 
         settings = {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
+            # It only counts throughput with this: shapes are sent along with each micro-batch, and each weighs the same.
+            "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0,  # left out, it would be 1.0; clipping is done in `_take_model_step`
             "steps_per_print": 2**31 - 1,

@@ -3,13 +3,12 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
-from utils.data.batches import EpochOrder
 from utils.data.encoders import ConditionEncoder, TokenLength
 from utils.data.media import covering, cropped_share, enlargement
+from utils.data.order import BucketCounts, EpochOrder
 from utils.data.scan_report import DirectoryReport
 from utils.data.sources import Scan
 from utils.data.values import Bucket, Sample, SizeRules
@@ -44,23 +43,32 @@ def cut_of(sample: Sample) -> Cut | None:
 
 @dataclass(frozen=True)
 class BucketFindings:
-    """The samples of one bucket, and how an epoch shows them."""
+    """The samples of one bucket."""
 
     bucket: Bucket
     tokens: int
     """Of a sample in the model, without text and control pictures."""
     samples: Sequence[Sample]
-    in_epoch: Fraction
-    """Samples of an epoch, with their repeats; a mean over the epochs."""
-    batch_size: int | None = None
-    """None for data that are evaluated, one by one."""
-    batches: int | None = None
-    """Micro-batches of an epoch."""
+    epoch: Sequence[BucketCounts] = ()
+    """What an epoch shows of them, those with as many control pictures together; none for data that are evaluated, one by one."""
 
     @property
-    def again(self) -> Fraction:
+    def shown(self) -> int:
+        """Samples of an epoch, with their repeats."""
+        return sum(part.shown for part in self.epoch)
+
+    @property
+    def batch_size(self) -> int:
+        return self.epoch[0].batch_size
+
+    @property
+    def batches(self) -> int:
+        return sum(part.micro_batches for part in self.epoch)
+
+    @property
+    def again(self) -> int:
         """Samples that an epoch shows once more, to fill the last batch."""
-        return self.batches * self.batch_size - self.in_epoch if self.batches is not None else Fraction(0)
+        return sum(part.filled_up for part in self.epoch)
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,13 @@ class DataFindings:
         return self.scan.samples
 
     def trained(self, order: EpochOrder, micro_batches_per_step: int, told: str) -> "DataFindings":
-        """The same with the batches that an epoch makes of the samples; ``told``: how long the run is."""
-        size = order.micro_batch_size
-        buckets = [replace(part, batch_size=size, batches=-(-int(part.in_epoch) // size)) for part in self.buckets]
-        return replace(self, buckets=buckets, notes=[*order.report(micro_batches_per_step), told])
+        """The same with the batches that the first epoch makes of the samples; ``told``: how long the run is."""
+        counts = order.counts(micro_batches_per_step, order.next_epoch(0))
+        epoch: dict[Bucket, list[BucketCounts]] = {}
+        for part in counts.buckets:
+            epoch.setdefault(part.bucket, []).append(part)
+        buckets = [replace(part, epoch=epoch[part.bucket]) for part in self.buckets]
+        return replace(self, buckets=buckets, notes=[*counts.lines(), *order.warnings(), told])
 
     def without_paths(self, text: str, directory: DirectoryReport) -> str:
         """A text on a file of a directory, which may hold paths: files of the directory are called by their names in it."""
@@ -152,10 +163,7 @@ def findings_of(
     grouped: dict[Bucket, list[Sample]] = {}
     for sample in found.samples:
         grouped.setdefault(sample.bucket, []).append(sample)
-    buckets = [
-        BucketFindings(bucket, rules.tokens(bucket), samples, sum((sample.repeats for sample in samples), Fraction(0)))
-        for bucket, samples in sorted(grouped.items())
-    ]
+    buckets = [BucketFindings(bucket, rules.tokens(bucket), samples) for bucket, samples in sorted(grouped.items())]
     return DataFindings(name, found, buckets, count_tokens(found.samples, encoders), folders)
 
 

@@ -217,7 +217,7 @@ def captions_shown(sample: Sample, data: DataFindings) -> list[ShownCaption]:
 def _told(part: BucketFindings, shown: int) -> str:
     many = len(part.samples)
     words = [f"{part.tokens} tokens"]
-    if part.batch_size:
+    if part.epoch:
         words.append(f"{part.batches} batches of {part.batch_size} in an epoch")
     return ", ".join([*words, f"{shown} of {many} sample{'' if many == 1 else 's'} shown"])
 

@@ -101,20 +101,18 @@ def _counts(data: DataFindings, parts: Sequence[DirectoryReport]) -> list[str]:
 
 def buckets(data: DataFindings) -> Table:
     """With how many samples an epoch has and in which batches, for data that are trained on."""
-    trained = any(part.batch_size for part in data.buckets)
+    trained = any(part.epoch for part in data.buckets)
     columns = ["bucket", "tokens", "samples", *(["an epoch", "batch size", "batches", "shown again"] if trained else [])]
     rows = []
     for part in data.buckets:
-        batches = [number(part.in_epoch), str(part.batch_size), str(part.batches), number(part.again)] if trained else []
-        rows.append([str(part.bucket), str(part.tokens), str(len(part.samples)), *batches])
+        epoch = [str(part.shown), str(part.batch_size), str(part.batches), str(part.again)] if trained else []
+        rows.append([str(part.bucket), str(part.tokens), str(len(part.samples)), *epoch])
     total = ["all", "", str(len(data.samples))]
     if trained:
-        total += [
-            number(sum(part.in_epoch for part in data.buckets)),
-            "",
-            str(sum(part.batches or 0 for part in data.buckets)),
-            number(sum(part.again for part in data.buckets)),
-        ]
+        shown, batches, again = (
+            sum(values) for values in zip(*[(part.shown, part.batches, part.again) for part in data.buckets], strict=True)
+        )
+        total += [str(shown), "", str(batches), str(again)]
     return Table("buckets (width x height x frames)", columns, rows, total if len(rows) > 1 else ())
 
 

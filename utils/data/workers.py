@@ -1,0 +1,285 @@
+"""Processes that prepare micro-batches ahead of training.
+
+They are forked from the rank, so they have the samples, the cache and the family without anything being sent; only which
+micro-batch is wanted goes to them, and its tensors come back, both through pipes (a container's /dev/shm may be small).  A worker
+has nothing of its own to save, so it may be killed at any moment: it leaves signals to the rank, and dies with it.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import pickle
+import signal
+import stat
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from utils.data.values import MicroBatch
+from utils.errors import UserError
+from utils.stopping import SIGNALS
+
+log = logging.getLogger(__name__)
+
+PIPE_BYTES = 1 << 20
+"""What a pipe holds, where the system allows it: fewer, larger pieces."""
+_TENSORS, _ERROR = b"t", b"e"
+_PR_SET_PDEATHSIG = 1
+
+Function = Callable[..., MicroBatch]
+
+
+@dataclass
+class _Worker:
+    """A process, as the rank sees it."""
+
+    number: int
+    pid: int
+    requests: Connection
+    results: Connection
+    waiting: deque[Future[MicroBatch]] = field(default_factory=deque)
+    """Of what it was asked for and has not sent, the oldest first."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    end: Exception | None = None
+    """Why it can no longer be asked."""
+    reader: threading.Thread | None = None
+
+
+class WorkerPool:
+    """So many processes, which call the functions that were given before they were forked.
+
+    Whoever asks bounds what is read ahead: each request that was not yet taken holds one micro-batch in memory.
+    """
+
+    def __init__(self, number: int):
+        self.number = number
+        """0: there are none, and nothing can be asked."""
+        self._functions: list[Function] = []
+        self._workers: list[_Worker] = []
+        self._closing = False
+
+    def add(self, function: Function) -> int:
+        """What :meth:`submit` calls this function by."""
+        assert not self._workers, "the workers were forked without this function"
+        self._functions.append(function)
+        return len(self._functions) - 1
+
+    def start(self) -> None:
+        """Fork.  What the process has in memory now the workers keep, so this is best done before the weights are read.
+
+        They die with the thread that calls this.
+        """
+        for number in range(self.number - len(self._workers)):
+            self._workers.append(self._fork(number))
+
+    def submit(self, function: int, *arguments: Any) -> Future[MicroBatch]:
+        """Ask the worker that has the least to do; starts the workers if that was not done."""
+        self.start()
+        return _ask(min(self._workers, key=lambda worker: len(worker.waiting)), (function, arguments))
+
+    def close(self) -> None:
+        """End the workers at once, whatever they are at."""
+        self._closing = True
+        for worker in self._workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+        for worker in self._workers:
+            worker.reader.join()
+            worker.requests.close()
+            worker.results.close()
+        self._workers.clear()
+        self._closing = False
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _fork(self, number: int) -> _Worker:
+        their_requests, requests = Pipe(duplex=False)
+        results, their_results = Pipe(duplex=False)
+        _enlarge(results)
+        parent = os.getpid()
+        # Held back until the child is deaf to them: a handler there would tell the rank's own thread.
+        kept_back = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                ours = [end for worker in self._workers for end in (worker.requests, worker.results)]
+                _become_worker(parent, [*ours, requests, results], kept_back, their_requests, their_results, self._functions)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept_back)
+        their_requests.close()
+        their_results.close()
+        worker = _Worker(number, pid, requests, results)
+        worker.reader = threading.Thread(target=self._receive, args=(worker,), name=f"data worker {number + 1}", daemon=True)
+        worker.reader.start()
+        return worker
+
+    def _receive(self, worker: _Worker) -> None:
+        """A thread: take what the worker sends as soon as it is there, so that nothing is copied while training waits for it."""
+        with suppress(EOFError, OSError):
+            while True:
+                kind, answer = worker.results.recv_bytes(), worker.results.recv_bytes()
+                future = worker.waiting.popleft()
+                if kind == _TENSORS:
+                    future.set_result(_unpacked(answer))
+                else:
+                    future.set_exception(pickle.loads(answer))
+        with worker.lock:
+            worker.end = RuntimeError(self._obituary(worker))
+        if not self._closing:
+            log.error("%s", worker.end)
+        while worker.waiting:
+            worker.waiting.popleft().set_exception(worker.end)
+
+    def _obituary(self, worker: _Worker) -> str:
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
+        except ChildProcessError:  # somebody else has asked for it
+            code = None
+        name = f"data worker {worker.number + 1} of {self.number} (process {worker.pid})"
+        if code is not None and code < 0:
+            why = " That is what happens when memory runs out." if code == -signal.SIGKILL else ""
+            return (
+                f"{name} was killed by {signal.Signals(-code).name}.{why} With a lower num_loader_workers less is held in memory; "
+                "with 0 the rank reads its data itself"
+            )
+        return f"{name} ended by itself" + (f" with exit code {code}" if code is not None else "")
+
+
+def _ask(worker: _Worker, request: tuple[int, tuple[Any, ...]]) -> Future[MicroBatch]:
+    future: Future[MicroBatch] = Future()
+    with worker.lock:
+        if worker.end is not None:
+            future.set_exception(worker.end)
+            return future
+        worker.waiting.append(future)
+    with suppress(OSError):  # the worker is gone, as the thread that reads from it finds out too
+        worker.requests.send_bytes(pickle.dumps(request))
+    return future
+
+
+def _enlarge(pipe: Connection) -> None:
+    import fcntl
+
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+        with suppress(OSError):
+            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+# ── in the worker ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _become_worker(
+    parent: int, ours: list[Connection], mask: Any, requests: Connection, results: Connection, functions: list[Function]
+) -> NoReturn:
+    """From here on this process answers requests, until there is nobody to ask."""
+    try:
+        # Slurm and terminals send signals to all processes of a job: the rank decides what becomes of them.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _die_with(parent)
+        for connection in ours:
+            connection.close()
+        _let_go_of_sockets()
+        gc.freeze()  # what came from the rank is neither looked at nor finalised here
+        torch.set_num_threads(1)
+        _serve(requests, results, functions)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _die_with(parent: int) -> None:
+    with suppress(OSError, AttributeError):  # Linux's; elsewhere the end of the pipe tells
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _let_go_of_sockets() -> None:
+    """A connection of the rank ends when the rank does, whoever was forked from it.
+
+    Each becomes /dev/null instead of being closed, so that no file that is opened later gets a number that an object of the rank
+    still takes for its own.
+    """
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        return
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in [int(entry.name) for entry in folder.iterdir()]:
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.dup2(nothing, number, inheritable=False)
+    os.close(nothing)
+
+
+def _serve(requests: Connection, results: Connection, functions: list[Function]) -> None:
+    while True:
+        try:
+            function, arguments = pickle.loads(requests.recv_bytes())
+        except EOFError:
+            return
+        try:
+            kind, answer = _TENSORS, _packed(functions[function](*arguments))
+        except Exception as error:
+            kind, answer = _ERROR, _pickled(error)
+        try:
+            results.send_bytes(kind)
+            results.send_bytes(answer)
+        except BrokenPipeError:
+            return
+
+
+def _pickled(error: Exception) -> bytes:
+    """The error as it is, with where it came from unless it is told without; as a text if it cannot be sent."""
+    where = traceback.format_exc()
+    if not isinstance(error, UserError):
+        error.add_note(f"in a data worker:\n{where}")
+    try:
+        pickle.loads(content := pickle.dumps(error))
+        return content
+    except Exception:
+        return pickle.dumps(RuntimeError(f"in a data worker:\n{where}"))
+
+
+# ── tensors as bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _packed(micro_batch: MicroBatch) -> bytes:
+    """The names carry the tensors' places, since safetensors has an order of its own."""
+    found = [(f"inputs.{name}", tensor) for name, tensor in micro_batch.inputs.items()]
+    found += [(f"target.{name}", tensor) for name, tensor in micro_batch.target.items()]
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for place, (name, tensor) in enumerate(found):
+        tensor = tensor.contiguous()
+        # Nor does it take two tensors of one memory.
+        tensors[f"{place:04}.{name}"] = tensor.clone() if tensor.untyped_storage().data_ptr() in memory else tensor
+        memory.add(tensor.untyped_storage().data_ptr())
+    return save(tensors)
+
+
+def _unpacked(data: bytes) -> MicroBatch:
+    groups: dict[str, dict[str, Tensor]] = {"inputs": {}, "target": {}}
+    for name, tensor in sorted(load(data).items()):
+        _, group, own = name.split(".", 2)
+        groups[group][own] = tensor
+    return MicroBatch(**groups)
