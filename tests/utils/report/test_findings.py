@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utils.data.batch_sizes import BatchSizes
 from utils.data.encoders import ConditionEncoder, TokenLength
 from utils.data.files import DataFile
 from utils.data.media import load_pixels
+from utils.data.order import EpochOrder
 from utils.data.scan_report import DirectoryReport, ScanReport
 from utils.data.sources import Scan
 from utils.data.values import Bucket, Caption, Control, Framing, Sample, SizeRules
@@ -141,6 +143,30 @@ def test_tables_and_lists(untidy, tmp_path):
     assert "c [bold]x.png" in text
     assert str(tmp_path) not in text
     assert max(map(len, text.splitlines())) > 130  # a pipe has no width that anything is cut to
+
+
+def test_what_an_epoch_makes_of_the_buckets():
+    """Of as many tokens as there is room for, pictures with control pictures apart from those without."""
+    control = Control(DataFile(Path("c.png")), "c")
+    wide, clip = Bucket(128, 64, 1), Bucket(64, 64, 5)
+    samples = [sample(f"d/{place}.png", repeats=Fraction(2)) for place in range(4)]
+    samples += [sample(f"d/edit {place}.png", controls=(control,)) for place in range(3)]
+    samples += [sample("d/wide.png", bucket=wide), sample("d/clip.mp4", bucket=clip, fps=16.0)]
+    order = EpochOrder(samples, BatchSizes(max_tokens=100, rules=RULES), seed=0)
+    data = findings_of("training", Scan(samples, ScanReport([])), RULES, []).trained(order, 2, "a run of some steps")
+    _, buckets = summary(data).tables
+    assert buckets.rows == [
+        ["64x64x1", "16", "7", "11", "6", "3", "7"],  # 8 in 2 batches, 3 in another
+        ["64x64x5", "32", "1", "1", "3", "1", "2"],
+        ["128x64x1", "32", "1", "1", "3", "1", "2"],
+    ]
+    assert buckets.total == ["all", "", "9", "13", "", "5", "11"]
+    # Each batch of an epoch is one of these: what is said is what happens.
+    plans = order.micro_batches(0)
+    assert len(plans) == 5
+    assert sum(len(plan.members) for plan in plans) == 13 + 11
+    assert data.notes[-1] == "a run of some steps"
+    assert any("11 samples are shown once more, to fill the last micro-batch" in note for note in data.notes)
 
 
 def test_what_is_lost_is_named_whole_and_the_rest_in_part(tmp_path):

@@ -156,8 +156,6 @@ def test_a_given_first_frame(assets, folder, tmp_path):
     Family = load_family("wan")
     Family.write_tiny("wan-i2v", tmp_path / "model", "diffusers", seed=0)
     encoders = Family(Family.Options(type="wan", path=tmp_path / "model")).encoders()
-    for encoder in encoders:
-        encoder.known_frames = ("first",) if "pixels" in encoder.reads else ()
     given = DataFile(assets.images["chelsea.png"])
     clip = sample(assets.clips["bikes.mp4"], Bucket(96, 48, 5), fps=16.0, original_size=(640, 272))
     shown = replace(clip, known_frames=(("first", Control(given, content_of(given))),))
