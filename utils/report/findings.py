@@ -12,7 +12,7 @@ from utils.data.order import BucketCounts, EpochOrder
 from utils.data.scan_report import DirectoryReport
 from utils.data.sources import Scan
 from utils.data.values import Bucket, Sample, SizeRules
-from utils.data.variants import alternatives
+from utils.data.variants import texts_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def item_of(sample: Sample) -> str:
 
 def captions_of(sample: Sample) -> list[tuple[str, int]]:
     """Every caption that may be shown with a sample, and its number of control pictures."""
-    return [(shown.caption, len(sample.controls)) for shown in alternatives(sample)]
+    return [(text, len(sample.controls)) for text in texts_of(sample)]
 
 
 def findings_of(

@@ -19,7 +19,7 @@ from utils.report.findings import Cut
 
 LONG_SIDE = 280
 """Pixels of the longer side of a picture on the page; smaller ones stay as they are."""
-LONG_SIDE_OF_FRAMES = 200
+LONG_SIDE_OF_FRAMES = 190
 """The same for each frame of a clip."""
 LONG_SIDE_OF_ORIGINALS = 112
 FRAMES = 6
