@@ -80,20 +80,20 @@ class DirectoryConfig(Table):
     recursive: bool = False
     """Take the files of all folders below it too. Folders whose name begins with a point are left out."""
     kohya_folder_names: bool = False
-    """Take the folders in it that are called `<repeats>_<text>`, as kohya's trainers do: an epoch shows their files so often, and
-    the text is the caption of files that have none."""
+    """Take the folders in it that are called `<repeats>_<text>`, as kohya's trainers do: an epoch shows their files so often, times
+    `num_repeats`, and the text is the caption of files that have none."""
     num_repeats: Repeats | None = None
     """Overrides the dataset file's."""
     is_reg: bool = False
-    """A regularisation set: what the model knows already and should keep. An epoch shows as many of its samples as of all others
-    together, other ones in the next epoch if there are more, and no trigger word is added to their captions."""
+    """A regularisation set: what the model knows already and should keep. An epoch shows as many samples of such sets as of all
+    others together, other ones in the next epoch if there are more, and no trigger word is added to their captions."""
     loss_weight: Annotated[float, Field(gt=0)] = 1.0
     """The loss of its samples is multiplied by this."""
     control_path: FilePath | list[FilePath] | None = None
     """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
     mask_path: FilePath | None = None
-    """A folder with a mask of each item under the item's name, a picture or for clips also a clip: the loss counts where it is
-    white, in part where it is grey, not where it is black. An item without one counts everywhere."""
+    """A folder with a mask of each item under the item's name, a picture or for clips also a clip, of the item's shape: the loss
+    counts where it is white, in part where it is grey, not where it is black. An item without one counts everywhere."""
     alpha_mask: bool = False
     """The alpha channel of each picture is its mask, unless `mask_path` has one."""
     first_frame_path: FilePath | None = None
@@ -205,8 +205,8 @@ class DatasetConfig(Table):
     """How often an epoch shows each item. With a fraction an epoch shows some items once more than others, and later epochs the
     others: 0.5 shows each in every second epoch."""
     sampling_temperature: Annotated[float, Field(ge=1)] | None = None
-    """Evens out directories of different sizes: an epoch, as long as without it, is divided among them by (items x repeats) to the
-    power of 1 / temperature. 1 changes nothing, a large number gives each directory the same share."""
+    """Evens out directories of different sizes: an epoch, as long as without it, is divided among them by (samples x repeats) to
+    the power of 1 / temperature, but for regularisation sets. 1 changes nothing, a large number gives each the same share."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What happens when an item cannot be used because it is broken, has no caption, or lacks its control picture: `stop` ends the
     run before it trains, with all of them named; `skip` names them in the log and the report and trains without them."""

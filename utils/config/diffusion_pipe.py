@@ -56,10 +56,16 @@ REFUSED = {
 }
 """Keys without which training would be another one (or that may not be in a file), with the way out."""
 
-DATASET_REFUSED = {}
+DATASET_REFUSED = {
+    "default_mask_file": "put a copy of it into mask_path for each item that has no mask; without one an item counts everywhere",
+    "subsample_ratio": "set num_repeats to the share, like 0.1: an epoch then shows so much of the data, the next one another part",
+}
 """The same for the dataset file, where these may stand at the top or in a directory."""
-DATASET_RENAMED = {"cache_shuffle_delimiter": "tag_delimiter"}
-DATASET_NO_EFFECT = {"online_captions": "captions are read at every start, and those that changed are encoded again"}
+DATASET_RENAMED = {"cache_shuffle_delimiter": "tag_delimiter", "control_paths": "control_path"}
+DATASET_NO_EFFECT = {
+    "online_captions": "captions are read at every start, and those that changed are encoded again",
+    "shuffle_metadata": "every epoch is shuffled anew",
+}
 
 
 def translate_main(file: TomlFile, problems: list[str], notices: list[str]) -> None:
@@ -203,7 +209,9 @@ def _captionless(file: TomlFile, table: Keys, problems: list[str], notices: list
         problems.append(f"{place}: {dotted(keys)} is another name for {dotted(ours)}, which is given too; remove one of them")
         return
     file.put(ours, "error" if value else "empty", place)
-    meaning = "an item without a caption is an error, and not left out" if value else "an item without a caption has an empty one"
+    meaning = "an item without a caption has an empty one"
+    if value:
+        meaning = 'an item without a caption ends the run; on_bad_sample = "skip" leaves it out'
     told = f'on_missing_caption = "{file.get(ours)}"'
     notices.append(f"{place}: {dotted(keys)} = {str(value).lower()} is read as {told}: {meaning}")
 

@@ -102,6 +102,9 @@ def problems(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules = 
         found["is_reg: every [[directory]] is a regularisation set, and there is none to train on; remove it from one of them"] = (
             None
         )
+    settings = [settings_for(dataset, directory) for directory in dataset.directory]
+    if any(own.clips_per_video for own in settings) and all(own.video_clip_mode != "uniform" for own in settings):
+        found['clips_per_video: it has no effect without video_clip_mode = "uniform"; set that, or remove it'] = None
     for directory in dataset.directory:
         for problem in filter(None, (_control_problem(directory, controls), *_directory_problems(directory, rules))):
             found[f"[[directory]] {directory.path}: {problem}"] = None
@@ -123,6 +126,8 @@ def _problems(settings: DatasetConfig, rules: SizeRules) -> list[tuple[str, str]
     found += [(key, _shape_problem(shape, rules.multiple)) for key, shape in shapes]
     if settings.min_ar > settings.max_ar:
         found.append(("min_ar, max_ar", f"{settings.min_ar:g} is above {settings.max_ar:g}; the narrowest comes first"))
+    if settings.video_clip_mode == "uniform" and not settings.clips_per_video:
+        found.append(("video_clip_mode", '"uniform" needs clips_per_video: how many parts of each clip are used'))
     if settings.ar_buckets and not settings.enable_ar_bucket:
         found.append(("ar_buckets", "it has no effect without enable_ar_bucket = true; set that, or remove it"))
     return [(key, problem) for key, problem in found if problem]
@@ -149,8 +154,8 @@ def _directory_problems(directory: DirectoryConfig, rules: SizeRules) -> Iterato
     for end in ("first", "last"):
         key = f"{end}_frame_path"
         if (path := getattr(directory, key)) is not None and end not in rules.known_frames:
-            shown = " and ".join(rules.known_frames) or "no"
-            yield f"{key} = {str(path)!r}: this model is shown {shown} frame of a clip; remove the key"
+            shown = f"only the {rules.known_frames[0]} frame" if rules.known_frames else "no frame"
+            yield f"{key} = {str(path)!r}: this model is shown {shown} of a clip; remove the key"
     if directory.is_reg and directory.trigger_word:
         yield f"trigger_word = {directory.trigger_word!r}: is_reg = true adds no trigger word; remove one of them"
 

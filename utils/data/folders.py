@@ -76,12 +76,12 @@ def _read(name: str, path: Path) -> tuple[Folder, set[str]]:
                 folder.hidden += 1
                 continue
             try:
-                if entry.is_dir():
+                if entry.is_file():
+                    folder.files.append(entry)
+                elif entry.is_dir():
                     folder.folders.append(entry.name)
                     if entry.is_symlink():
                         linked.add(f"{name}{entry.name}/")
-                elif entry.is_file():
-                    folder.files.append(entry)
                 else:
                     entry.stat()  # raises for a link to nothing
                     folder.broken[name + entry.name] = "it cannot be read (it is no file, but a folder, a pipe or a device)"
@@ -141,6 +141,7 @@ def _add_files(folder: Folder, listing: Listing, problems: Problems) -> None:
     for name, reason in folder.broken.items():
         if divided(name)[1] in MEDIA:
             problems.add(name, folder.path / name.removeprefix(folder.name), reason)
+            listing.set_aside.add(divided(name)[0])
         else:
             listing.unused[name] = reason
     for entry in folder.files:

@@ -66,7 +66,7 @@ class Listing:
     nested: bool = False
     """Whether items may lie in sub-folders, so that what belongs to them may too."""
     set_aside: set[str] = field(default_factory=set)
-    """Stems of pictures and clips that are no items: masks and the like of others, files that are named in ``unused``."""
+    """Stems of pictures and clips that are no items: masks and the like of others, and what is named as unused or wrong."""
     uncaptioned: set[str] = field(default_factory=set)
     """Items that have an empty caption because there is none for them."""
     unused: dict[str, str] = field(default_factory=dict)
@@ -109,6 +109,7 @@ class Problems:
     def add(self, name: str, place: object, reason: str) -> None:
         """``place``: the file's path, or the line of a list.  Of several reasons all are kept."""
         called, before = self.files.get(name, (printable(str(place)), ""))
+        reason = printable(reason.strip())
         self.files[name] = called, f"{before}; {reason}" if before else reason
 
     def lines(self) -> list[str]:

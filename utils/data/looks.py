@@ -86,7 +86,7 @@ class FileMemory:
         self.fresh = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wanted:
     """A file that is to be looked at."""
 
@@ -94,19 +94,16 @@ class Wanted:
     reading: Reading
     alpha: bool = False
     """Whether it matters that parts of it are transparent."""
+    key: str = ""
+    """The file, and what it is taken for."""
 
-    @property
-    def key(self) -> str:
-        """The file, and what it is taken for."""
-        return _BY_READING[self.reading.animated] + self.found.identity
+    def __post_init__(self) -> None:
+        self.key = _BY_READING[self.reading.animated] + self.found.identity
 
 
-def look_at_all(files: Iterable[Wanted], memory: FileMemory, stop: Callable[[], str]) -> dict[str, Look | MediaError]:
-    """What is in each file, or why it cannot be used, by ``Wanted.key``.
-
-    With a reason from ``stop``, what was looked at is remembered and Stopped raised.
-    """
-    looks: dict[str, Look | MediaError] = {}
+def remembered(files: Iterable[Wanted], memory: FileMemory) -> tuple[dict[str, Look], dict[str, Wanted]]:
+    """What is known of the files, and those that have to be looked at, by ``Wanted.key``."""
+    looks: dict[str, Look] = {}
     new: dict[str, Wanted] = {}
     for wanted in files:
         key = wanted.key
@@ -115,8 +112,15 @@ def look_at_all(files: Iterable[Wanted], memory: FileMemory, stop: Callable[[], 
             new[key] = wanted if key not in new or wanted.alpha else new[key]
         else:
             looks[key] = known
-    if not new:
-        return looks
+    return looks, new
+
+
+def look_at_all(new: dict[str, Wanted], memory: FileMemory, stop: Callable[[], str]) -> dict[str, Look | MediaError]:
+    """What is in each file, or why it cannot be used.
+
+    With a reason from ``stop``, what was looked at is remembered and Stopped raised.
+    """
+    looks: dict[str, Look | MediaError] = {}
     progress, written, reason = ProgressLog("reading new files", len(new)), time.monotonic(), ""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         pending: dict[str, Future[Look]] = {key: pool.submit(_look, wanted) for key, wanted in new.items()}

@@ -99,7 +99,7 @@ class DirectoryReport:
         if self.left_over:
             found.append(
                 f"  {count(sum(self.left_over.values()), 'frame')} at the ends of {count(len(self.left_over), 'clip')} "
-                "make no whole piece and are not used"
+                "make no whole part and are not used"
             )
         found += [
             f"  {folder}: {count(len(names), 'file')} that belong to no item: {_some(names)}"

@@ -126,10 +126,18 @@ class DataFindings:
     def without_paths(self, text: str, directory: DirectoryReport) -> str:
         """A text on a file of a directory, which may hold paths: files of the directory are called by their names in it."""
         text = text.replace(f"{directory.path}/", "").replace(f"{directory.path.resolve()}/", "")
-        parents = {place.parent for folder in self.folders for place in (folder, folder.resolve()) if place.is_absolute()}
-        for parent in sorted(parents, key=lambda parent: -len(parent.parts)):
+        for parent in self._parents:
             text = text.replace(f"{parent}/", "")
         return text
+
+    @cached_property
+    def _parents(self) -> list[Path]:
+        """The longest first.  A list of files may name some of anywhere."""
+        files = [sample.file for sample in self.samples]
+        files += [control.file for sample in self.samples for control in (*sample.controls, *filter(None, [sample.mask]))]
+        places = {*self.folders, *(folder.resolve() for folder in self.folders), *(file.path for file in files)}
+        parents = {place.parent for place in places if place.is_absolute()}
+        return sorted(parents, key=lambda parent: -len(parent.parts))
 
     def samples_of(self, directory: DirectoryReport) -> list[Sample]:
         return [sample for sample in self.samples if sample.key.startswith(f"{directory.name}/")]

@@ -1,5 +1,6 @@
 """Files of diffusion-pipe: read with a notice, or refused with the way out, and never passed over in silence."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,39 @@ def test_clip_mode_of_the_main_file(files):
 def test_a_wrong_clip_mode_is_reported_where_it_stands(files):
     (problem,) = files.problems(files.main('video_clip_mode = "single_end"'))
     assert problem.startswith('main.toml:1: video_clip_mode must be one of "single_beginning", "single_middle"')
+
+
+# What examples/*dataset.toml and utils/dataset.py of diffusion-pipe read.
+DATASET_KEYS = {
+    *("path", "resolutions", "enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets", "ar_buckets", "frame_buckets"),
+    *("size_buckets", "num_repeats", "subsample_ratio", "shuffle_metadata", "caption_prefix", "shuffle_tags"),
+    *("cache_shuffle_num", "cache_shuffle_delimiter", "skip_empty_caption", "online_captions", "control_path", "control_paths"),
+    *("mask_path", "default_mask_file"),
+}
+TRANSLATED = {"cache_shuffle_num", "skip_empty_caption"}
+
+
+def test_each_key_of_a_dataset_file_is_read_or_spoken_of():
+    ours = DatasetConfig.model_fields.keys() | DirectoryConfig.model_fields.keys()
+    handled = {*DATASET_REFUSED, *DATASET_RENAMED, *DATASET_NO_EFFECT, *TRANSLATED}
+    assert (DATASET_KEYS & ours) | handled == DATASET_KEYS
+
+
+def test_the_readme_tells_of_each_key_of_a_dataset_file():
+    text = Path("configs/README.md").read_text()
+    table = text.partition("Every key of a dataset file, and what becomes of it:\n\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    named = [key for keys, *_ in rows for key in re.findall("`([a-z_]+)`", keys)]
+    assert sorted(named) == sorted(DATASET_KEYS)
+    for keys, verdict, how in rows:
+        assert verdict in ("same", "better", "different")
+        for key in re.findall("`([a-z_]+)`", keys):
+            assert ("Refused" in how) == (key in DATASET_REFUSED)
+            assert ("No effect" in how) == (key in DATASET_NO_EFFECT)
+            assert key not in DATASET_RENAMED or DATASET_RENAMED[key] in keys + how
+
+
+def test_several_control_folders(files):
+    loaded = files.load(files.main(), files.data(directory='control_paths = ["a", "b"]\n'))
+    assert loaded.dataset.directory[0].control_paths == [Path("a"), Path("b")]
+    assert loaded.notices == ["data.toml:5: directory[0].control_paths is read as directory[0].control_path"]

@@ -1,5 +1,6 @@
 """Folders of real pictures and clips, and clips made of real frames with properties that the originals lack."""
 
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import av
 import pytest
+from PIL import Image
 
 CAPTIONS = {
     "bikes.mp4": "people on bikes in a city",
@@ -63,3 +65,20 @@ class ClipWriter:
 @pytest.fixture
 def write_clip(assets, tmp_path: Path) -> ClipWriter:
     return ClipWriter(assets.clips["bikes.mp4"], tmp_path)
+
+
+@pytest.fixture
+def small(assets, tmp_path: Path):
+    """Writes small real pictures, each of other bytes, with a caption beside it if there is one."""
+    with Image.open(assets.images["coffee.png"]) as opened:
+        whole = opened.convert("RGB")
+
+    def write(path: Path, caption: str | None = None, size: tuple[int, int] = (80, 64)) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        left, top = (random.Random(path.name).randrange(100) for _ in range(2))
+        whole.crop((left, top, left + size[0], top + size[1])).save(path)
+        if caption is not None:
+            path.with_suffix(".txt").write_text(caption)
+        return path
+
+    return write

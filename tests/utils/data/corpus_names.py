@@ -87,7 +87,7 @@ def add_captions(corpus: Corpus) -> None:
         looks,
         caption=text.encode("latin-1"),
         reads=None,
-        caption_problem="the caption is not UTF-8 (byte 8)",
+        caption_problem="the caption is not UTF-8 (byte 7)",
     )
     corpus.add(
         "caption: Latin-1, as the settings say",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Chooser, buckets_for, problems, settings_for
+from utils.data.framing import enlargement
 from utils.data.media import MediaInfo
 from utils.data.values import Bucket, ControlRules, SizeRules
 
@@ -124,6 +125,53 @@ def test_no_other_bucket_fits_better(width: int, height: int, frames: int):
     assert misfits[chosen] <= min(misfits.values()) + 1e-8
 
 
+@given(
+    width=st.integers(1, 2000),
+    height=st.integers(1, 2000),
+    multiple=st.sampled_from([16, 32]),
+    resolutions=st.lists(st.integers(64, 1200), min_size=1, max_size=2),
+)
+def test_without_enlarging(width: int, height: int, multiple: int, resolutions: list[int]):
+    rules = SizeRules(multiple, 4, 16.0)
+    for group in buckets_for(config(resolutions=resolutions, enable_ar_bucket=True), rules):
+        info = MediaInfo(width, height, 1, None)
+        plain = Chooser(group, rules, 16.0).choose(info)
+        chosen = Chooser(group, rules, 16.0, no_upscale=True).choose(info)
+        if width >= plain.width and height >= plain.height:
+            assert chosen == plain
+        elif isinstance(chosen, str):
+            assert min(width, height) < 2 * multiple, "only what is very small, or very narrow, has none"
+        else:
+            assert chosen.width % multiple == chosen.height % multiple == 0
+            assert chosen.width <= width
+            assert chosen.height <= height
+            assert enlargement((width, height), (chosen.width, chosen.height)) <= 1
+            # Of the largest that would fit, each side is within a step.
+            scale = min(width / plain.width, height / plain.height)
+            assert abs(chosen.width - plain.width * scale) < multiple
+            assert abs(chosen.height - plain.height * scale) < multiple
+
+
+def test_small_items_by_hand():
+    def shape(width: int, height: int) -> Bucket | str:
+        return Chooser([Bucket(832, 480, 1), Bucket(480, 832, 1)], CLIPS, None, no_upscale=True).choose(
+            MediaInfo(width, height, 1, None)
+        )
+
+    assert shape(832, 480) == shape(1000, 1000 * 480 // 832 + 1) == Bucket(832, 480, 1)
+    assert shape(400, 240) == Bucket(400, 224, 1)  # 400 x 230.8 of its shape
+    assert shape(831, 480) == Bucket(816, 480, 1)
+    assert shape(100, 831) == Bucket(96, 176, 1)
+    assert shape(8, 2000) == "too small: 8x2000 pixels, and without enlarging it no bucket of 16x16 is filled"
+
+
+def test_the_box_of_an_item_is_what_counts():
+    chooser = Chooser(GRID, CLIPS, 16.0)
+    info = MediaInfo(4000, 1000, 1, None)
+    assert chooser.choose(info) == Bucket(832, 480, 1)
+    assert chooser.choose(info, (500, 1000)) == Bucket(480, 832, 1)
+
+
 # ── settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -162,6 +210,18 @@ def test_a_directory_may_have_aspect_ratios_of_its_own():
     assert (min(ratios[2]), max(ratios[2]), len(ratios[2])) == (0.51, 4.0, 7)
     assert problems(config({"min_ar": 3.0}, {}, resolutions=[512], enable_ar_bucket=True), CLIPS) == [
         "[[directory]] data0: min_ar, max_ar: 3 is above 2; the narrowest comes first"
+    ]
+
+
+def test_parts_of_clips_are_counted_where_there_are_several():
+    uniform = {"video_clip_mode": "uniform"}
+    assert problems(config(uniform | {"clips_per_video": 2}, resolutions=[512]), CLIPS) == []
+    assert problems(config({}, uniform, resolutions=[512], clips_per_video=2), CLIPS) == []
+    assert problems(config(uniform, resolutions=[512]), CLIPS) == [
+        '[[directory]] data0: video_clip_mode: "uniform" needs clips_per_video: how many parts of each clip are used'
+    ]
+    assert problems(config(resolutions=[512], clips_per_video=2), CLIPS) == [
+        'clips_per_video: it has no effect without video_clip_mode = "uniform"; set that, or remove it'
     ]
 
 

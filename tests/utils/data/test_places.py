@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import random
 import tarfile
 from fractions import Fraction
 from pathlib import Path
@@ -18,25 +17,6 @@ from utils.data.media import load_pixels
 from utils.data.sources import Scan, scan
 from utils.data.values import ANY_CONTROLS, Bucket, Caption, ControlRules, SizeRules
 from utils.errors import UserError
-
-
-@pytest.fixture
-def small(assets, tmp_path: Path):
-    """Writes small real pictures, each of other bytes, with a caption beside it if there is one."""
-    from PIL import Image
-
-    with Image.open(assets.images["coffee.png"]) as opened:
-        whole = opened.convert("RGB")
-
-    def write(path: Path, caption: str | None = None, size: tuple[int, int] = (80, 64)) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        left, top = (random.Random(path.name).randrange(100) for _ in range(2))
-        whole.crop((left, top, left + size[0], top + size[1])).save(path)
-        if caption is not None:
-            path.with_suffix(".txt").write_text(caption)
-        return path
-
-    return write
 
 
 def found_in(path: Path, rules: SizeRules = RULES, controls: ControlRules = ANY_CONTROLS, **keys) -> Scan:
