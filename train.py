@@ -19,11 +19,10 @@ stopper = Stopper()
 if __name__ == "__main__":
     stopper.listen()
 
-from torch import nn
-
 from models import load_family
-from models.assembly import build_layers, export_writer, learning_rates, read_loras
+from models.assembly import build_layers, describe_weights, epoch_order, export_writer, learning_rates, read_loras
 from models.base import ModelFamily
+from models.check import PageRequest, check
 from utils.adapters.manager import trainable_parameters
 from utils.checkpoints.manager import CheckpointManager, Progress
 from utils.checkpoints.retention import Retention
@@ -31,11 +30,9 @@ from utils.checkpoints.run_exports import RunExporter
 from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig, seconds_in
-from utils.data.batch_sizes import BatchSizes
 from utils.data.batches import BatchLoader
 from utils.data.cache import DatasetCache, broken_files
 from utils.data.masks import MaskEncoder, has_mask
-from utils.data.order import EpochOrder
 from utils.data.sources import Scan, scan
 from utils.data.values import Sample
 from utils.data.workers import WorkerPool
@@ -47,8 +44,6 @@ from utils.optim.optimizers import RunOptimizer
 from utils.optim.shares import ReplicaShares
 from utils.optim.trials import couples_parameters, optimizer_problems
 from utils.pipeline.engine import StageEngine, StageModule
-from utils.pipeline.layer import PipelineLayer
-from utils.pipeline.partition import layer_weights
 from utils.pipeline.stage_weights import fill_stage, names_of
 from utils.requests import Requests
 from utils.resume import refuse_other_weights
@@ -56,7 +51,7 @@ from utils.run import load_checkpoint, open_run
 from utils.runtime import DTYPES, RuntimePolicy
 from utils.saving import RunSaver
 from utils.schedule import Schedule, position
-from utils.topology import Topology, read_environment, replicas_for
+from utils.topology import Topology, read_environment
 from utils.trained import Trained
 from utils.trainer import Trainer
 from utils.watchdog import Watchdog
@@ -71,10 +66,29 @@ def parse_arguments() -> argparse.Namespace:
         "--resume", nargs="?", const="latest", metavar="latest|PATH", help="continue from the newest checkpoint, or from this one"
     )
     parser.add_argument("--check", action="store_true", help="tell everything that can be known without training; exit code 0 or 2")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="the same, and write DIR/index.html, which shows the data as the model sees them"
+    )
+    parser.add_argument(
+        "--report-items", type=items_of, default=24, metavar="N|all", help="samples of each bucket that it shows (default: 24)"
+    )
+    parser.add_argument("--decode", action="store_true", help="with --report: show what is in the cache, decoded by the VAE, too")
     parser.add_argument("--cache-only", action="store_true", help="encode the data and stop")
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="change a key of the TOML (repeatable)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.decode and not args.report:
+        parser.error("--decode shows what is in the cache on the page of --report DIR; give that too")
+    return args
+
+
+def items_of(text: str) -> int | None:
+    """The value of ``--report-items``; None: all of them."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number above 0 nor all")
+    return int(text)
 
 
 def main() -> int:
@@ -88,8 +102,9 @@ def main() -> int:
         refuse_optimizer(loaded.run)
         for notice in loaded.notices:
             log.info("%s", notice)
-        if args.check:
-            return check(loaded)
+        if args.check or args.report:
+            page = PageRequest(args.report, args.report_items, args.decode) if args.report else None
+            return check(loaded, page, stopper.asked)
         if loaded.run.limits and loaded.run.limits.time:
             stopper.limit(seconds_in(loaded.run.limits.time))
         topology = Topology.start(loaded.run.pipeline_stages)
@@ -131,53 +146,6 @@ def refuse_optimizer(config: RunConfig) -> None:
             raise UserError(listed(problems, heading))
     if config.ema and averages(config.optimizer):
         raise UserError(f"[ema]: optimizer.type = {config.optimizer.type!r} averages the weights by itself; remove one of them")
-
-
-# ── what can be known without training ────────────────────────────────────────────────────────────────────────────────────
-
-
-def check(loaded: LoadedConfig) -> int:
-    """Log what the run would do.  Raises UserError with what is wrong."""
-    config = loaded.run
-    family = load_family(config.model.type)(config.model)
-    transformer, layers, boundaries, adapter = build_layers(config, family)
-    read_loras(config, family, adapter, transformer)
-    encoders = family.encoders()
-    processes = int(os.environ["WORLD_SIZE"])
-    replicas = replicas_for(processes, config.pipeline_stages) if processes > 1 else 1
-    log.info("model: %s, %s; encoders: %s", family.variant, describe_weights(transformer), ", ".join(e.name for e in encoders))
-    for line in learning_rates(config).report(trainable_parameters(transformer)):
-        log.info("%s", line)
-    for stage in range(config.pipeline_stages):
-        start, stop = boundaries[stage], boundaries[stage + 1]
-        weights = sum(layer_weights(layers[start:stop]))
-        log.info(
-            "stage %d: layers %d to %d (%s), %.3g weights", stage, start, stop - 1, describe_layers(layers[start:stop]), weights
-        )
-    for name, dataset in {"training": loaded.dataset, **loaded.eval_datasets}.items():
-        seed = config.seed if name == "training" else None
-        found = scan(dataset, family.size_rules, hash_cache=None, controls=family.controls, caption_seed=seed)
-        log.info("%s data:\n%s", name, "\n".join(found.report.lines()))
-        if name == "training":
-            order = epoch_order(config, family, found.samples)
-            schedule = Schedule.of(config, order, replicas, Progress())
-            log.info("%s", "\n".join(order.report(schedule.batch.micro_batches)))
-            log.info(
-                "%d steps per epoch, %d steps in all, with %d replica(s)", schedule.steps_per_epoch, schedule.total_steps, replicas
-            )
-    log.info("the config is good")
-    return 0
-
-
-def describe_weights(transformer: nn.Module) -> str:
-    total = sum(parameter.numel() for parameter in transformer.parameters())
-    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    return f"{total:.4g} weights, {trained:.4g} of them trained"
-
-
-def describe_layers(layers: list[PipelineLayer]) -> str:
-    kinds = [type(layer).__name__ for layer in layers]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,14 +309,6 @@ def without_unusable(
     return {
         name: replace(part, samples=[sample for sample in part.samples if sample not in unusable]) for name, part in found.items()
     }
-
-
-def epoch_order(config: RunConfig, family: ModelFamily, samples: list[Sample]) -> EpochOrder:
-    """The order of the training data."""
-    order = EpochOrder(samples, BatchSizes.of(dict(config), family.size_rules), config.seed)
-    for warning in order.warnings():
-        log.warning("%s", warning)
-    return order
 
 
 def public_settings(config: RunConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run's model put together from its family and its config: layers, adapters, and how its weights become files again."""
 
+import logging
 from collections import ChainMap, Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,12 +20,17 @@ from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.checkpoints.run_exports import Under, WeightsOfFiles, WriteExport
 from utils.checkpoints.weights import NamedWeights, check_names
 from utils.config.schema import RunConfig
+from utils.data.batch_sizes import BatchSizes
+from utils.data.order import EpochOrder
 from utils.data.sources import Scan
+from utils.data.values import Sample
 from utils.errors import UserError, listed
 from utils.optim.rates import LearningRates
 from utils.pipeline.layer import PipelineLayer
 from utils.pipeline.partition import divide
 from utils.runtime import DTYPES
+
+log = logging.getLogger(__name__)
 
 
 def learning_rates(config: RunConfig) -> LearningRates:
@@ -58,6 +64,20 @@ def build_layers(config: RunConfig, family: ModelFamily) -> tuple[nn.Module, lis
         layers = family.layers(transformer)
     boundaries = divide(layers, config.pipeline_stages, config.partition_method, config.partition_split)
     return transformer, layers, boundaries, adapter
+
+
+def epoch_order(config: RunConfig, family: ModelFamily, samples: list[Sample]) -> EpochOrder:
+    """The order of the training data."""
+    order = EpochOrder(samples, BatchSizes.of(dict(config), family.size_rules), config.seed)
+    for warning in order.warnings():
+        log.warning("%s", warning)
+    return order
+
+
+def describe_weights(transformer: nn.Module) -> str:
+    total = sum(parameter.numel() for parameter in transformer.parameters())
+    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    return f"{total:.4g} weights, {trained:.4g} of them trained"
 
 
 def read_loras(

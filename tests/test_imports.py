@@ -25,7 +25,7 @@ LEVELS = [
     {"config"},
     {"runtime", "topology"},
     {"adapters", "checkpoints", "control", "data", "metrics", "optim", "pipeline"},
-    {"watchdog"},
+    {"report", "watchdog"},
     {"bad_steps", "convert", "evaluation", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from models import load_family
+from models.check import check
 from utils.config.load import load_config
 from utils.errors import UserError
 
@@ -17,13 +18,14 @@ from utils.errors import UserError
 def refused(config: Path, *overrides: str) -> str:
     """What ``train.py --check`` refuses the config with."""
     with pytest.raises(UserError) as raised:
-        train.check(load_config(config, lambda name: load_family(name).Options, overrides))
+        check(load_config(config, lambda name: load_family(name).Options, overrides))
     return str(raised.value)
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def dataset_of(workspace, clips: Path, **changes) -> None:
 
 
 def test_a_good_config_passes(workspace, model):
-    assert train.check(load_config(workspace.config("run", model), lambda name: load_family(name).Options)) == 0
+    assert check(load_config(workspace.config("run", model), lambda name: load_family(name).Options)) == 0
 
 
 def test_unknown_key_with_a_near_match(workspace, model):
@@ -222,5 +224,5 @@ def test_an_editing_model_without_control_pictures(workspace, tiny, clips, tmp_p
 
     with workspace.dataset.open("a") as file:
         file.write(f"control_path = {str(pictures)!r}\n")
-    assert train.check(load_config(config, lambda name: load_family(name).Options)) == 0
+    assert check(load_config(config, lambda name: load_family(name).Options)) == 0
     assert "control_path names 1 folder, and this model takes no control pictures" in refused(config, 'model.variant="dev"')

@@ -45,6 +45,12 @@ def test_every_weight_belongs_to_exactly_one_part(family):
     assert {name: parts for name, parts in found.items() if len(parts) != 1} == {}
 
 
+def test_encoders_that_read_captions_count_their_tokens(family):
+    for encoder in family.encoders():
+        lengths = encoder.token_lengths(["a cat", "a cat " * 2000], controls=family.controls.least)
+        assert [length.is_cut for length in lengths] == ([False, True] if "caption" in encoder.reads else [])
+
+
 def test_the_files_hold_exactly_the_model(family):
     expected = {name: tuple(tensor.shape) for name, tensor in on_meta(family).state_dict().items()}
     assert check_names(family.weights(), expected) == []
