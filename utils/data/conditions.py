@@ -111,6 +111,7 @@ def add_conditions(
             if end in item.known_frames and end not in rules.known_frames:
                 reason = f"{end}_frame: this model is not shown {'a given' if rules.known_frames else 'any'} {end} frame; remove it"
                 problems.add(item.name, item.row or item.found.file, reason)
+                del item.known_frames[end]
     return {str(beside.folder): beside.stray for beside in searched if beside.stray}
 
 
@@ -124,6 +125,8 @@ def check_conditions(
     if item.box and not (item.box[2] <= info.width and item.box[3] <= info.height):
         yield f"crop = {[*item.box]} is no part of its {info.width}x{info.height} pixels"
     if info.fps is None:
+        given = [end for end in item.known_frames if getattr(directory, f"{end}_frame_path") is None]
+        yield from (f"{end}_frame: it is a picture, and only a clip has a given {end} frame; remove it" for end in given)
         item.known_frames = {}
     for end in KNOWN_FRAMES:
         if info.fps is not None and (path := getattr(directory, f"{end}_frame_path")) and end not in item.known_frames:

@@ -78,7 +78,7 @@ class Directory:
             is_reg=directory.is_reg,
             loss_weight=directory.loss_weight,
             lists=[*map(printable, listing.lists)],
-            controls=len(directory.control_paths),
+            controls=max((len(item.controls) for item in listing.items), default=0),
             unused={printable(name): reason for name, reason in listing.unused.items()},
             stray=stray,
             ignored=+listing.ignored,

@@ -115,6 +115,7 @@ def _made(parts: list[Directory], dataset: DatasetConfig, rules: SizeRules, capt
         if samples:
             what = "only the regularisation sets (is_reg) have anything that can be trained on"
         raise UserError(f"{what}. Add captioned files, or frame_buckets that fit them. Found:\n" + "\n".join(report.lines()))
+    assert len({sample.key for sample in samples}) == len(samples), "a sample is known by its key"
     return Scan(sorted(samples, key=lambda sample: sample.key), report)
 
 
@@ -124,7 +125,10 @@ def _refuse(parts: list[Directory], skip: bool) -> None:
     files = [line for part in parts for line in part.problems.lines()[len(part.problems.whole) :]]
     if wrong or (files and not skip):
         wrong += files
-        more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+        more = []
+        if len(wrong) > MAX_LISTED:
+            log.warning(listed(wrong, "everything that is wrong with the data set:"))
+            more = [f"and {len(wrong) - MAX_LISTED} more, which the log names"]
         hint = ' (on_bad_sample = "skip" trains without the files that have one)' if files and not skip else ""
         raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {count(len(wrong), 'problem')}{hint}:"))
     if files:
