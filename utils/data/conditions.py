@@ -1,6 +1,7 @@
 """What belongs to items beside their captions: control pictures, masks, given first and last frames, in folders of their own."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from utils.config.dataset import DirectoryConfig
@@ -39,7 +40,8 @@ class Beside:
                     continue
                 if stem in self.files:
                     self.twice.setdefault(stem, [self.names[stem]]).append(part.name + entry.name)
-                else:
+                    continue
+                with suppress(OSError):  # it has vanished since the folder was read: its item has none
                     self.files[stem], self.names[stem] = part.found(entry), part.name + entry.name
         self._stems = [item.stem for item in listing.items]
         last = [stem.rpartition("/")[2] for stem in self._stems]

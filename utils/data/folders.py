@@ -147,12 +147,19 @@ def _add_files(folder: Folder, listing: Listing, problems: Problems) -> None:
     for entry in folder.files:
         name = folder.name + entry.name
         stem, suffix = divided(name)
-        if suffix in MEDIA:
-            listing.items.append(Item(printable(name), folder.found(entry), stem))
-        elif suffix == ".tar":
-            add_members(folder.found(entry), f"{name}/", listing, problems)
-        else:
+        if suffix not in MEDIA and suffix != ".tar":
             listing.other(name, stem, suffix, entry.path)
+            continue
+        try:
+            found = folder.found(entry)
+        except OSError as error:  # it has vanished since the folder was read
+            problems.add(name, entry.path, f"it cannot be read ({error.strerror})")
+            listing.set_aside.add(stem)
+            continue
+        if suffix in MEDIA:
+            listing.items.append(Item(printable(name), found, stem))
+        else:
+            add_members(found, f"{name}/", listing, problems)
 
 
 def _refuse(top: Path, name: str, error: OSError, problems: Problems) -> None:
