@@ -60,8 +60,8 @@ def scan(
     if impossible := problems(dataset, rules, controls):
         raise UserError(listed(impossible, "the dataset does not fit the model:"))
     with _no_collection():
-        parts = _listed(dataset, rules, controls)
         memory = FileMemory(hash_cache)
+        parts = _listed(dataset, rules, controls, memory)
         known, new = remembered((wanted for part in parts for wanted in part.wanted()), memory)
     looks = known | look_at_all(new, memory, stop)
     with _no_collection():
@@ -83,7 +83,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules) -> list[Directory]:
+def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules, memory: FileMemory) -> list[Directory]:
     """What lies in the directories."""
     names: list[str] = []
     for index, directory in enumerate(dataset.directory):
@@ -93,7 +93,7 @@ def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules) ->
             name = f"{name}[{index}]"
         names.append(name)
     return [
-        Directory.read(name, directory, settings_for(dataset, directory), rules, controls)
+        Directory.read(name, directory, settings_for(dataset, directory), rules, controls, memory)
         for name, directory in zip(names, dataset.directory, strict=True)
     ]
 

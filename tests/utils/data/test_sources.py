@@ -390,6 +390,7 @@ def test_members_of_a_tar_file_are_known_again(small, tmp_path: Path, monkeypatc
     first = scan(config(tar, resolutions=[64]), RULES, hash_cache=memory)
     with monkeypatch.context() as patched:
         patched.setattr(looks, "probe", None)
+        patched.setattr(tarfile, "open", None)
         assert scan(config(tar, resolutions=[64]), RULES, hash_cache=memory) == first
     write(pictures[::-1])
     again = scan(config(tar, resolutions=[64]), RULES, hash_cache=memory)
