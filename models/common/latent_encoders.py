@@ -40,8 +40,8 @@ class FrozenEncoder(ConditionEncoder):
         return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def about(self) -> dict[str, Any]:
-        told = {"dtype": str(self.dtype).removeprefix("torch."), "weights": self.source.fingerprint(), "settings": self.settings()}
-        return {**super().about(), "code_version": self.code_version, **told}
+        told = {"dtype": str(self.dtype).removeprefix("torch."), "weights": self.source.fingerprint()}
+        return {**super().about(), "code_version": self.code_version, **told, "settings": _public(self.settings())}
 
     def load(self, device: torch.device) -> None:
         network = self._build()
@@ -67,6 +67,13 @@ class FrozenEncoder(ConditionEncoder):
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+
+def _public(settings: Any) -> Any:
+    """Without what configs have for the libraries' own use: ``_name_or_path`` and the like."""
+    if isinstance(settings, dict):
+        return {name: _public(value) for name, value in settings.items() if not str(name).startswith("_")}
+    return [_public(value) for value in settings] if isinstance(settings, (list, tuple)) else settings
 
 
 class LatentEncoder(FrozenEncoder):

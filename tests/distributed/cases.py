@@ -37,6 +37,8 @@ class Case:
     continues: str | None = None
     """The case whose last checkpoint this one begins with; that one does not continue another."""
     ema: Mapping[str, object] | None = None
+    uneven: bool = False
+    """Micro-batches of one and of two samples, which have masks and weights."""
 
     @property
     def processes(self) -> int:
@@ -60,6 +62,7 @@ class Case:
             "saves": self.saves,
             "continues": continues and str(continues),
             "ema": self.ema and dict(self.ema),
+            "uneven": self.uneven,
         }
 
 

@@ -23,7 +23,8 @@ from tests.distributed.harness import free_port
 from utils.adapters.manager import AdapterManager, trainable_parameters
 from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
 from utils.config.schema import AdapterConfig, EmaConfig, OptimizerConfig
-from utils.data.values import MicroBatch
+from utils.data.loss_terms import with_loss_terms
+from utils.data.values import Batch, MicroBatch
 from utils.draw import Draw, generator
 from utils.optim.kinds import key_problems
 from utils.optim.optimizers import RunOptimizer
@@ -54,8 +55,15 @@ def open_case(settings: dict) -> tuple[ModelFamily, ModuleType, AdapterManager |
     return family, importlib.import_module(f"tests.models.{name}.reference"), adapter
 
 
-def prepared(family: ModelFamily, reference: ModuleType, index: int, seed: int = 3) -> MicroBatch:
-    return family.prepare_inputs(reference.batch(family, index), Draw(seed, 0))
+def prepared(family: ModelFamily, reference: ModuleType, index: int, *, uneven: bool = False, seed: int = 3) -> MicroBatch:
+    batch = reference.batch(family, index)
+    if not uneven:
+        return family.prepare_inputs(batch, Draw(seed, 0))
+    kept = 1 + index // 2 % 2
+    batch = Batch(batch.keys[:kept], {name: values[:kept] for name, values in batch.fields.items()})
+    _, frames, height, width = batch.fields["latents"][0].shape
+    mask = torch.rand(4 * frames - 3, height, width, generator=generator("mask", index))
+    return with_loss_terms(family.prepare_inputs(batch, Draw(seed, 0)), [mask, None][:kept], [0.5, 2.0][:kept])
 
 
 def perturbed(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,14 +147,16 @@ def run_case(settings: dict, out: Path) -> None:
         if number == settings["resume_at"]:
             built = build(settings, family, adapter, topology, save(built, topology, out, number))
         mine_now = range(number * GLOBAL_BATCH + topology.replica, (number + 1) * GLOBAL_BATCH, topology.replicas)
-        result = built.engine.train_step(number, (prepared(family, reference, index) for index in mine_now))
+        batches = (prepared(family, reference, index, uneven=settings["uneven"]) for index in mine_now)
+        result = built.engine.train_step(number, batches)
         results.append([result.loss.hex(), result.grad_norm.hex(), result.applied])
         if built.trained.average is not None and result.applied:
             built.trained.average.update(number + 1)
     if settings["saves"]:
         save(built, topology, out, settings["steps"])
     with built.trained.for_evaluation():
-        held_out = built.engine.evaluate((prepared(family, reference, index, seed=4) for index in (100, 101)), 2)
+        batches = (prepared(family, reference, index, uneven=settings["uneven"], seed=4) for index in (100, 101))
+        held_out = built.engine.evaluate(batches, 2)
 
     if topology.writes_weights:
         save_file(first_gradients, out / f"gradients-{topology.stage}.safetensors")

@@ -5,11 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
 from tests.distributed.harness import run_world, world
 from tests.utils.data.encode_worker import Bytes, Pooling, samples_of
 from utils.data.cache import DatasetCache
+from utils.stopping import USER_ERROR
 
 WORKER = ["-m", "tests.utils.data.encode_worker"]
 RESOLUTIONS = [32, 48, 64, 80, 96, 112, 128, 144, 160]
@@ -80,3 +82,34 @@ def test_a_rank_that_dies_leaves_what_it_made(copied_clips, tmp_path):
     # Shards of two: of three that were encoded, two were written.
     assert report["encoders"][0]["found"] >= 2
     assert report["encoders"][0]["found"] + report["encoders"][0]["encoded"] == report["encoders"][0]["total"]
+
+
+def damaged(clip: Path) -> None:
+    """Its frames are where they were, and the first ones are whole; the later ones are noise."""
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"mdat") + 4
+    length = int.from_bytes(data[start - 8 : start - 4], "big") - 8
+    noise = torch.randint(0, 256, (length,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
+    data[start + length // 3 : start + length] = noise[length // 3 :]
+    clip.write_bytes(data)
+
+
+def test_a_run_trains_without_what_cannot_be_encoded_only_if_it_is_told_to(workspace, tiny, copied_clips):
+    clip = sorted(copied_clips.glob("*.mp4"))[0]
+    damaged(clip)
+    config = workspace.config("skips", tiny("wan-t2v"), pipeline_stages=2, max_steps=1, gradient_accumulation_steps=2)
+
+    def dataset(**keys) -> None:
+        directory = {"path": str(copied_clips)}
+        settings = {"resolutions": [48], "frame_buckets": [1, 5], "video_clip_mode": "single_middle", **keys}
+        workspace.dataset.write_text(tomli_w.dumps({**settings, "directory": [directory]}))
+
+    dataset()
+    said = workspace.train(config, processes=2, expect=USER_ERROR)
+    assert 'these files cannot be encoded; repair or remove them, or set on_bad_sample = "skip":\n' in said
+    assert f"  - {clip}: " in said
+    assert said.count("these files cannot be encoded") == 1  # rank 0 tells it for all
+    dataset(on_bad_sample="skip")
+    said = workspace.train(config, processes=2)
+    assert f"training data: {copied_clips.name}/{clip.name}@48x48x5 is left out: {clip}: " in said
+    assert "finished: 1 steps" in said

@@ -81,6 +81,10 @@ def detailed(optimizers: Collection[tuple[str, str]]) -> dict[str, Case]:
     for block in (0, 3):
         adapter = {**LORA, "target_modules": rf"blocks\.{block}\.attn1\.to_q"}
         cases |= {f"only-block-{block}-{stages}": Case("wan-t2v", adapter=adapter, stages=stages) for stages in (1, 3)}
+    for stages, replicas in ((1, 1), (2, 1), (3, 1), (2, 2)):
+        cases[f"uneven-{stages}x{replicas}"] = Case(
+            "wan-t2v", adapter=LORA, optimizer=ADAMW, gradient_clipping=CLIP, stages=stages, replicas=replicas, uneven=True
+        )
     cases["not-finite-2"] = Case("wan-t2v", adapter=LORA, stages=2, optimizer={**SGD, "lr": 1e30}, steps=4)
     return cases
 
@@ -131,7 +135,7 @@ def plain(settings: dict, model: torch.nn.Module | None = None) -> tuple[float, 
             parameter.data.copy_(first[name])
     total = 0.0
     for index in range(GLOBAL_BATCH):
-        micro_batch = prepared(family, reference, index)
+        micro_batch = prepared(family, reference, index, uneven=settings["uneven"])
         loss = family.loss({"prediction": reference.predict(model, micro_batch.inputs)}, micro_batch.target) / GLOBAL_BATCH
         loss.backward()
         total += float(loss.detach())
@@ -212,6 +216,17 @@ def test_bf16_gives_the_same_bits_on_two_stages(kind, results):
 def test_dropout_and_activation_checkpointing_change_no_bit_over_stages(results):
     assert results["no-dropout-1"].steps != results["dropout-1"].steps, "dropout did nothing"
     assert_same_bits(results["dropout-1"], results["dropout-2"])
+
+
+def test_micro_batches_of_other_sizes_with_masks_and_weights_train_as_they_are(results):
+    """A micro-batch is the mean of its samples, and each counts the same in the step."""
+    one = results["uneven-1x1"]
+    assert_as_plain(one, *plain(results.settings("uneven-1x1")))
+    for stages in (2, 3):
+        assert_same_bits(one, results[f"uneven-{stages}x1"])
+    parallel = results["uneven-2x2"]
+    assert parallel.losses == pytest.approx(one.losses, rel=1e-6)
+    assert parallel.norms == pytest.approx(one.norms, rel=1e-6)
 
 
 @pytest.mark.parametrize("block", [0, 3])

@@ -232,8 +232,8 @@ def test_the_last_line_names_the_rank_that_failed_and_no_other(tmp_path, failing
         assert re.search(rf"rank {failing} \(stage {failing}, host \S+\) failed during step 7: RuntimeError: out of memory", line)
 
 
-def test_a_file_that_one_rank_cannot_read_ends_all_with_the_users_error(workspace, tiny, copied_clips):
-    """It was whole when the data set was looked at, and is in the share of one rank."""
+def test_a_file_that_is_not_what_was_looked_at_ends_all_with_the_users_error(workspace, tiny, copied_clips):
+    """It was another when the data set was looked at; only one rank takes it."""
     workspace.dataset.write_text(f"resolutions = [48]\n[[directory]]\npath = {str(copied_clips)!r}\n")
     cache = str(workspace.folder / "cache")
     config = workspace.config("run", tiny("wan-t2v"), cache_dir=cache, pipeline_stages=2)
@@ -244,5 +244,5 @@ def test_a_file_that_one_rank_cannot_read_ends_all_with_the_users_error(workspac
     os.utime(clip, ns=(state.st_atime_ns, state.st_mtime_ns))  # so that it is not looked at again
     workspace.dataset.write_text(workspace.dataset.read_text().replace("48", "64"))
     said = workspace.train(config, "--cache-only", processes=2, expect=USER_ERROR)
-    assert "these files do not decode; repair or remove them" in said
-    assert "rocket.jpg" in said
+    assert "these files cannot be encoded; repair or remove them" in said
+    assert f"{clip}: it has changed since the run looked at it" in said

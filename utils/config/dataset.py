@@ -88,7 +88,7 @@ class DirectoryConfig(Table):
     """A regularisation set: what the model knows already and should keep. An epoch shows as many samples of such sets as of all
     others together, other ones in the next epoch if there are more, and no trigger word is added to their captions."""
     loss_weight: Annotated[float, Field(gt=0)] = 1.0
-    """The loss of its samples is multiplied by this."""
+    """In training, the loss of its samples is multiplied by this."""
     control_path: FilePath | list[FilePath] | None = None
     """For editing models: a folder with the control picture of each item under the item's name; several folders for several."""
     mask_path: FilePath | None = None

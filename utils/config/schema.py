@@ -292,7 +292,7 @@ class RunConfig(Table):
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps. With `epochs` too, whichever comes first."""
     micro_batch_size_per_gpu: PositiveInt = 1
-    """Samples that travel through the pipeline together."""
+    """Samples that travel through the pipeline together. The loss is their mean, and each micro-batch of a step counts the same."""
     image_micro_batch_size_per_gpu: PositiveInt | None = None
     """The same for buckets of one frame, pictures, which take less room than clips. Default: `micro_batch_size_per_gpu`."""
     max_tokens_per_micro_batch: PositiveInt | None = None
@@ -319,7 +319,8 @@ class RunConfig(Table):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: much less memory, about a third more time."""
     num_loader_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes of each rank that read cached samples ahead of training. 0: the rank reads them itself, when it needs them."""
+    """Processes of each rank on the first and the last stage that read encoded samples ahead of training, two micro-batches each.
+    0: the rank reads them itself, when it needs them."""
 
     save_every_n_steps: PositiveInt | None = None
     """Export the trained weights every so many steps. The end of the run always exports."""

@@ -34,6 +34,10 @@ class BatchSizes:
             return max(1, self.max_tokens // self.rules.tokens(bucket))
         return self.pictures if self.pictures is not None and bucket.frames == 1 else self.clips
 
+    def tokens(self, bucket: Bucket) -> int | None:
+        """Of a sample in the model; None where the rules are not known."""
+        return self.rules.tokens(bucket) if self.rules else None
+
     def problem(self, bucket: Bucket) -> str | None:
         """Why the bucket does not keep to the budget, or None if it does."""
         if self.max_tokens is None or (tokens := self.rules.tokens(bucket)) <= self.max_tokens:

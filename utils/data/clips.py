@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import av
 from av.container import InputContainer
@@ -48,33 +49,51 @@ class ClipLook:
 
 
 def look_at_clip(file: DataFile) -> ClipLook:
-    """Read all packets without decoding them.  The frame count in a header may be missing, or promise more than the file holds."""
+    """Read all packets without decoding them.  The frame count in a header may be missing, or promise more than the file holds.
+
+    A clip is looked at once by each process, as long as it does not change: of a long one many parts may be loaded.
+    """
+    try:
+        state = file.path.stat()
+    except OSError:
+        return _look_at_clip.__wrapped__(file, 0, 0)  # where the error is told
+    return _look_at_clip(file, state.st_size, state.st_mtime_ns)
+
+
+def forget_looks() -> None:
+    """As in a new process; for measurements."""
+    _look_at_clip.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def _look_at_clip(file: DataFile, size: int, mtime_ns: int) -> ClipLook:
     with _container(file) as (container, stream):
-        stamps: list[int | None] = []
+        frames, first, last, untimed = 0, None, None, container.format.name in _UNTIMED_FORMATS
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard:  # the end marker; frames that an edit list hides
                 continue
+            frames += 1
             if packet.is_corrupt:
-                raise MediaError(file, f"it is cut off or damaged: frame {len(stamps) + 1} is not whole")
-            stamps.append(packet.pts)
-        if not stamps:
+                raise MediaError(file, f"it is cut off or damaged: frame {frames} is not whole")
+            if packet.pts is None:
+                untimed = True
+            elif first is None:
+                first = last = packet.pts
+            else:
+                first, last = min(first, packet.pts), max(last, packet.pts)
+        if not frames:
             raise MediaError(file, "it has no frames")
+        pixel_aspect, rate = stream.sample_aspect_ratio or Fraction(1), stream.average_rate
         promised = container.duration / av.time_base if container.duration else 0.0
-        pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-        known = [stamp for stamp in stamps if stamp is not None]
-        if len(known) == len(stamps) and container.format.name not in _UNTIMED_FORMATS:
-            timeline = Timeline(tuple(stamp * stream.time_base for stamp in sorted(known)))
-        elif stream.average_rate:
-            times = tuple(index / stream.average_rate for index in range(len(stamps)))
-            timeline = Timeline(times, stream.average_rate)
+        if not untimed:
+            timeline = Timeline(frames, first * stream.time_base, last * stream.time_base)
+        elif rate:
+            timeline = Timeline(frames, Fraction(0), (frames - 1) / rate, rate)
         else:
             raise MediaError(file, "its frames have neither times nor a rate; convert it to mp4")
-    if max(timeline.span, timeline.times[-1]) + 1 < promised * 0.9:
-        tell_once(
-            log,
-            f"{file}: its head says that it lasts {promised:.1f} s, and its frames end after {float(timeline.span):.1f} s; "
-            "these are used",
-        )
+    if max(timeline.span, timeline.end) + 1 < promised * 0.9:
+        told = f"it lasts {promised:.1f} s, and its frames end after {float(timeline.span):.1f} s; these are used"
+        tell_once(log, f"{file}: its head says that {told}")
     return ClipLook(timeline, pixel_aspect)
 
 
@@ -89,7 +108,7 @@ def clip_size(file: DataFile, look: ClipLook) -> tuple[int, int]:
 
 def clip_frames(file: DataFile, look: ClipLook, start: Fraction) -> Iterator[tuple[Fraction, VideoFrame]]:
     """Frames with their times in seconds, as they are shown, from one at or before ``start`` on."""
-    seek = look.timeline.rate is None and start > look.timeline.times[0]
+    seek = look.timeline.rate is None and start > look.timeline.start
     return _decoded(file, look, start, seek)
 
 
@@ -120,6 +139,7 @@ def _container(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
                     stills = ", only a cover picture" if container.streams.video else ""
                     raise MediaError(file, f"it has no video stream{stills}")
                 refuse_if_huge(file, (streams[0].width, streams[0].height))
+                streams[0].codec_context.thread_count = 1  # clips are decoded side by side
                 yield container, streams[0]
         except av.error.FFmpegError as error:
             raise MediaError(file, f"it does not decode ({error.strerror}): it is cut off, damaged, or no clip") from error
@@ -127,10 +147,10 @@ def _container(file: DataFile) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def upright(frame: VideoFrame, look: ClipLook) -> Image.Image:
     """The frame as it is displayed: RGB, or RGBA if it has transparency; with square pixels, turned and mirrored as it asks."""
-    if any(component.is_alpha for component in frame.format.components):
-        image = Image.fromarray(frame.to_ndarray(format="rgba"))
-    else:
-        image = frame.to_image()
+    mode = "RGBA" if any(component.is_alpha for component in frame.format.components) else "RGB"
+    # Several threads for one frame cost more than they give, and there are as many clips as threads.
+    plane = frame.reformat(format={"RGB": "rgb24", "RGBA": "rgba"}[mode], threads=1).planes[0]
+    image = Image.frombuffer(mode, (frame.width, frame.height), plane, "raw", mode, plane.line_size, 1)
     if look.pixel_aspect != 1:
         image = image.resize((round(image.width * look.pixel_aspect), image.height), Image.Resampling.LANCZOS)
     matrix = frame.side_data.get("DISPLAYMATRIX")

@@ -53,10 +53,6 @@ def enlargement(size: tuple[int, int], target: tuple[int, int], framing: Framing
     return max(target[0] / width, target[1] / height)
 
 
-def is_upscaled(size: tuple[int, int], target: tuple[int, int], framing: Framing = CENTRE) -> bool:
-    return enlargement(size, target, framing) > 1
-
-
 def framing_for(size: tuple[int, int], item_size: tuple[int, int], framing: Framing) -> Framing:
     """The framing of an item of ``item_size`` for what belongs to it (a mask, a control picture) and has another ``size``.
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from utils.data.clips import clip_frames, clip_size, look_at_clip, upright
 from utils.data.files import DataFile, MediaError
-from utils.data.framing import Covering, FramingError, covering, cropped_share, enlargement, framing_for, is_upscaled
-from utils.data.pictures import is_animated, look_at_picture, read_animation, read_picture
-from utils.data.resampling import nearest
+from utils.data.framing import Covering, FramingError, covering, cropped_share, enlargement, framing_for
+from utils.data.pictures import look_at_animation, read_animation, read_picture
+from utils.data.resampling import Timeline, nearest
 from utils.data.values import AS_IT_IS, CENTRE, Bucket, Framing, Reading
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "enlargement",
     "frames_at",
     "is_clip",
-    "is_upscaled",
     "load_alpha_mask",
     "load_mask",
     "load_pixels",
@@ -77,10 +76,10 @@ def probe(file: DataFile, reading: Reading = AS_IT_IS) -> MediaInfo:
         look = look_at_clip(file)
         size, timeline = clip_size(file, look), look.timeline
     else:
-        size, timeline = look_at_picture(file)
-    if timeline is None or (not is_clip(file) and reading.animated == "first_frame"):
+        size, timeline = read_picture(file).size, _animation(file, reading)
+    if timeline is None:
         return MediaInfo(*size, frames=1, fps=None)
-    return MediaInfo(*size, frames=len(timeline.times), fps=float(timeline.fps))
+    return MediaInfo(*size, frames=timeline.frames, fps=float(timeline.fps))
 
 
 def load_pixels(
@@ -177,8 +176,7 @@ def _frames(
             return fitted(upright(frame, look))
 
         frames = nearest(clip_frames(file, look, targets[0]), targets, 1 / look.timeline.fps, shown)
-    elif fps and reading.animated == "clip" and is_animated(file):
-        _, timeline = look_at_picture(file)
+    elif fps and (timeline := _animation(file, reading)):
         targets = timeline.targets(fps, first_frame, number)
         frames = nearest(read_animation(file, colours), targets, 1 / timeline.fps, fitted)
     else:
@@ -190,6 +188,11 @@ def _frames(
         found += 1
     if found < number:
         raise MediaError(file, f"only {found} of the {number} frames that are needed decode")
+
+
+def _animation(file: DataFile, reading: Reading) -> Timeline | None:
+    """For a picture that is taken for a clip."""
+    return look_at_animation(file) if reading.animated == "clip" else None
 
 
 def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

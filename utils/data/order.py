@@ -56,8 +56,10 @@ class BucketCounts:
     """Control pictures of each sample."""
     samples: int
     """Different ones in the data set."""
+    tokens: int | None
+    """Of a sample in the model, where the rules for sizes are known."""
     shown: int
-    """Appearances of them, repeats included."""
+    """Appearances of the samples, repeats included."""
     batch_size: int
     micro_batches: int
 
@@ -65,6 +67,15 @@ class BucketCounts:
     def filled_up(self) -> int:
         """Appearances beyond ``shown``, which complete the last micro-batch."""
         return self.micro_batches * self.batch_size - self.shown
+
+    def __str__(self) -> str:
+        controls = f" with {self.num_controls} control pictures" if self.num_controls else ""
+        tokens = f" of {self.tokens} tokens" if self.tokens is not None else ""
+        filled_up = f", {self.filled_up} of them once more" if self.filled_up else ""
+        return (
+            f"{self.bucket}{controls}: {self.samples} samples{tokens}, shown {self.shown} times in {self.micro_batches} "
+            f"micro-batches of {self.batch_size}{filled_up}"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class EpochCounts:
         return -(-sum(bucket.micro_batches for bucket in self.buckets) // self.micro_batches_per_step)
 
     def lines(self) -> list[str]:
-        """For the log and ``--check``."""
+        """For the log and ``--check``: the whole, and each bucket."""
         sizes = {bucket.batch_size for bucket in self.buckets}
         per_step = f"{self.micro_batches_per_step * min(sizes)}"
         if len(sizes) > 1:
@@ -103,6 +114,7 @@ class EpochCounts:
         mean = "" if always else f"; {float(self.mean_shown):g} samples an epoch on average"
         different = sum(bucket.samples for bucket in self.buckets)
         lines = [f"{which}: {self.shown} samples ({different} different) in {self.steps} steps of {per_step}{mean}"]
+        lines += [f"  {bucket}" for bucket in self.buckets]
         if self.filled_up:
             lines.append(f"  {self.filled_up} samples are shown once more, to fill the last micro-batch of a bucket")
         if self.filled_up_step:
@@ -142,9 +154,9 @@ class _Group:
     def num_micro_batches(self, epoch: int) -> int:
         return -(-self.num_shown(epoch) // self.batch_size)
 
-    def counts(self, epoch: int) -> BucketCounts:
+    def counts(self, epoch: int, tokens: int | None) -> BucketCounts:
         sizes = (self.num_shown(epoch), self.batch_size, self.num_micro_batches(epoch))
-        return BucketCounts(*self.alike, len(self.samples), *sizes)
+        return BucketCounts(*self.alike, len(self.samples), tokens, *sizes)
 
     def micro_batches(self, epoch: int) -> tuple[list[Members], Counter[str]]:
         """The samples, shuffled, in micro-batches of which the last is completed from the start; and how often each is shown."""
@@ -165,7 +177,7 @@ class _Group:
 class EpochOrder:
     """Micro-batches of every epoch.
 
-    In an epoch each sample appears ``repeats`` times (see ``utils/data/repeats.py`` where that is no whole number), shuffled within
+    In an epoch each sample appears ``repeats`` times (see ``utils/data/turns.py`` where that is no whole number), shuffled within
     its bucket (samples with another number of control pictures count as another bucket); micro-batches of all buckets are
     shuffled among each other.  Nothing is dropped: what is missing from a bucket's last micro-batch, or from an epoch's last step,
     is filled with samples that the epoch shows once more.  Every appearance has another occurrence number and so draws other noise.
@@ -271,7 +283,7 @@ class EpochOrder:
         """What an epoch is made of, by bucket.  Buckets that it does not show are there too."""
         return EpochCounts(
             epoch,
-            [group.counts(epoch) for group in self._groups],
+            [group.counts(epoch, self.sizes.tokens(group.alike[0])) for group in self._groups],
             micro_batches_per_step,
             self._filled_up_step(epoch, micro_batches_per_step),
             sum((sample.repeats for sample in self.samples), Fraction()),

@@ -2,13 +2,15 @@
 
 import io
 import logging
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from utils.data.files import HEIC, DataFile, MediaError, opened, tell_once
 from utils.data.resampling import Timeline
@@ -25,6 +27,18 @@ _ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
 # Browsers show frames that are to be shown for less than this, or not at all, for a tenth of a second.
 _SHORTEST_MS, _DEFAULT_MS = 10, 100
 
+# EXIF's orientation -> what turns the picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WARNINGS = threading.Lock()
+
 # A mode -> the colours that a profile must be made for.
 _SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 
@@ -34,30 +48,25 @@ def read_picture(file: DataFile, colours: bool = True) -> Image.Image:
 
     ``colours=False`` for what means numbers, not colours: its profile is not looked at.
     """
-    with _decoded(file) as image:
+    with _picture(file) as image:
         return _plain(file, image, colours)
 
 
 def read_animation(file: DataFile, colours: bool = True) -> Iterator[tuple[Fraction, Image.Image]]:
     """The frames of an animated picture like :func:`read_picture`, each with the time in seconds at which it is shown."""
-    with _decoded(file) as image:
+    with _picture(file) as image:
         for time in _frames(image):
             yield time, _plain(file, image, colours)
 
 
-def look_at_picture(file: DataFile) -> tuple[tuple[int, int], Timeline | None]:
-    """(width, height) as displayed, and the timeline of an animated one.  Decodes all of it."""
-    with _decoded(file) as image:
-        size = _plain(file, image, colours=True).size
-        if not _is_animated(image):
-            return size, None
-        return size, Timeline(tuple(_frames(image)))
-
-
-def is_animated(file: DataFile) -> bool:
-    """Whether a picture has several frames."""
-    with _decoded(file) as image:
-        return _is_animated(image)
+def look_at_animation(file: DataFile) -> Timeline | None:
+    """When the frames of an animated picture are shown, all of them decoded for it; None for one that is not animated."""
+    with _picture(file) as image:
+        # Other formats hold several pictures too, but those are pages, sizes or depths.
+        if image.format not in _ANIMATED or getattr(image, "n_frames", 1) - _first_frame(image) == 1:
+            return None
+        times = list(_frames(image))
+        return Timeline(len(times), times[0], times[-1])
 
 
 def refuse_if_huge(file: DataFile, size: tuple[int, int]) -> None:
@@ -70,8 +79,8 @@ def refuse_if_huge(file: DataFile, size: tuple[int, int]) -> None:
 
 
 @contextmanager
-def _decoded(file: DataFile) -> Iterator[Image.Image]:
-    """The picture, loaded; whatever Pillow stumbles over in the block becomes a MediaError."""
+def _picture(file: DataFile) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; whatever Pillow stumbles over in the block becomes a MediaError."""
     with opened(file, "picture") as (stream, signature):
         formats = _FORMATS
         if signature == HEIC:
@@ -81,7 +90,6 @@ def _decoded(file: DataFile) -> Iterator[Image.Image]:
         try:
             with Image.open(stream, formats=formats) as image:
                 refuse_if_huge(file, image.size)
-                image.load()
                 yield image
         except MediaError:
             raise
@@ -102,11 +110,6 @@ def _heic_is_read() -> bool:
     return True
 
 
-def _is_animated(image: Image.Image) -> bool:
-    # Other formats hold several pictures too, but those are pages, sizes or depths.
-    return image.format in _ANIMATED and getattr(image, "n_frames", 1) - _first_frame(image) > 1
-
-
 def _first_frame(image: Image.Image) -> int:
     """A PNG may begin with a picture that is no part of its animation."""
     return int(getattr(image, "default_image", False))
@@ -117,7 +120,7 @@ def _frames(image: Image.Image) -> Iterator[Fraction]:
     time = Fraction(0)
     for index in range(_first_frame(image), image.n_frames):
         image.seek(index)
-        image.load()
+        image.load()  # which some formats need before they tell the duration
         yield time
         duration = image.info.get("duration", 0)
         time += Fraction(duration if duration > _SHORTEST_MS else _DEFAULT_MS) / 1000
@@ -128,6 +131,7 @@ def _frames(image: Image.Image) -> Iterator[Fraction]:
 
 def _plain(file: DataFile, image: Image.Image, colours: bool) -> Image.Image:
     """A copy, upright, RGB or RGBA with 8 bits a channel."""
+    image.load()
     profile = image.info.get("icc_profile") if colours else None
     image = _upright(file, image)
     if image.mode.startswith("I;16"):
@@ -147,11 +151,18 @@ def _plain(file: DataFile, image: Image.Image, colours: bool) -> Image.Image:
 
 
 def _upright(file: DataFile, image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # as many kinds as there are ways to write EXIF wrongly
-        tell_once(log, f"{file}: its EXIF data is broken ({error}); the picture is used as it lies in the file")
-        return image.copy()
+    # Pillow tells of broken EXIF data through the interpreter's warnings, which know no file and are the same for all threads.
+    with _WARNINGS, warnings.catch_warnings(record=True) as problems:
+        warnings.simplefilter("always")
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except Exception as error:  # as many kinds as there are ways to write EXIF wrongly
+            orientation = None
+            problems.append(error)
+    if problems:
+        problem = getattr(problems[0], "message", problems[0])
+        tell_once(log, f"{file}: its EXIF data is broken ({problem}); it is turned as far as that can be read")
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
 
 
 def _upper_bytes(image: Image.Image) -> Image.Image:

@@ -13,27 +13,29 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Timeline:
-    """When a clip's frames are shown."""
+    """When a clip's frames are shown, as far as it is worth keeping; times in seconds."""
 
-    times: tuple[Fraction, ...]
-    """Rising, in seconds."""
+    frames: int
+    start: Fraction
+    """When the first one is shown."""
+    end: Fraction
+    """When the last one begins to be shown."""
     rate: Fraction | None = None
     """For frames without times of their own: the rate at which they are counted.  None: frames tell their time."""
 
     @property
     def span(self) -> Fraction:
-        """Seconds from the first to the last frame."""
-        return self.times[-1] - self.times[0]
+        return self.end - self.start
 
     @property
     def fps(self) -> Fraction:
         """Mean rate."""
-        return (len(self.times) - 1) / self.span if self.span else self.rate or Fraction(1)
+        return (self.frames - 1) / self.span if self.span else self.rate or Fraction(1)
 
     def targets(self, fps: float, first_frame: int, count: int) -> list[Fraction]:
         """The times of ``count`` frames at ``fps``, from the one ``first_frame`` of these after the clip's first frame."""
         step = 1 / Fraction(fps)
-        return [self.times[0] + (first_frame + index) * step for index in range(count)]
+        return [self.start + (first_frame + index) * step for index in range(count)]
 
 
 def nearest(

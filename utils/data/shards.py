@@ -123,8 +123,9 @@ class ShardFolder:
     def mark_used(self, keys: Iterable[str]) -> None:
         """Remember that a run uses these keys: their shards are not ``unused`` for a while."""
         now = time.time()
-        for shard in {self.places[key].shard for key in keys if key in self.places}:
-            index = shard.with_suffix(".json")
+        used = {id(place): place for key in keys if (place := self.places.get(key))}  # there are thousands of keys in one place
+        for place in used.values():
+            index = place.shard.with_suffix(".json")
             with suppress(OSError):  # somebody else's files; they have been used all the same
                 if now - index.stat().st_mtime > USED_SECONDS:
                     os.utime(index)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from utils.data.values import MicroBatch
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 
 PIPE_BYTES = 1 << 20
 """What a pipe holds, where the system allows it: fewer, larger pieces."""
-_TENSORS, _ERROR = b"t", b"e"
 _PR_SET_PDEATHSIG = 1
 
 Function = Callable[..., MicroBatch]
@@ -133,12 +131,12 @@ class WorkerPool:
         """A thread: take what the worker sends as soon as it is there, so that nothing is copied while training waits for it."""
         with suppress(EOFError, OSError):
             while True:
-                kind, answer = worker.results.recv_bytes(), worker.results.recv_bytes()
-                future = worker.waiting.popleft()
-                if kind == _TENSORS:
-                    future.set_result(_unpacked(answer))
+                answer = pickle.loads(worker.results.recv_bytes())
+                if isinstance(answer, Exception):
+                    worker.waiting.popleft().set_exception(answer)
                 else:
-                    future.set_exception(pickle.loads(answer))
+                    micro_batch = _receive_tensors(worker.results, answer)
+                    worker.waiting.popleft().set_result(micro_batch)
         with worker.lock:
             worker.end = RuntimeError(self._obituary(worker))
         if not self._closing:
@@ -238,12 +236,14 @@ def _serve(requests: Connection, results: Connection, functions: list[Function])
         except EOFError:
             return
         try:
-            kind, answer = _TENSORS, _packed(functions[function](*arguments))
+            tensors = _listed(functions[function](*arguments))
         except Exception as error:
-            kind, answer = _ERROR, _pickled(error)
+            answer, tensors = _pickled(error), []
+        else:
+            answer = pickle.dumps([(group, name, tensor.dtype, tuple(tensor.shape)) for group, name, tensor in tensors])
         try:
-            results.send_bytes(kind)
             results.send_bytes(answer)
+            _send_tensors(results, [tensor for _, _, tensor in tensors])
         except BrokenPipeError:
             return
 
@@ -260,26 +260,37 @@ def _pickled(error: Exception) -> bytes:
         return pickle.dumps(RuntimeError(f"in a data worker:\n{where}"))
 
 
-# ── tensors as bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── tensors through a pipe ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Announced = list[tuple[str, str, torch.dtype, tuple[int, ...]]]
+"""Of each tensor that follows: whether it belongs to the inputs or the target, its name, dtype and shape."""
 
 
-def _packed(micro_batch: MicroBatch) -> bytes:
-    """The names carry the tensors' places, since safetensors has an order of its own."""
-    found = [(f"inputs.{name}", tensor) for name, tensor in micro_batch.inputs.items()]
-    found += [(f"target.{name}", tensor) for name, tensor in micro_batch.target.items()]
-    tensors: dict[str, Tensor] = {}
-    memory: set[int] = set()
-    for place, (name, tensor) in enumerate(found):
-        tensor = tensor.contiguous()
-        # Nor does it take two tensors of one memory.
-        tensors[f"{place:04}.{name}"] = tensor.clone() if tensor.untyped_storage().data_ptr() in memory else tensor
-        memory.add(tensor.untyped_storage().data_ptr())
-    return save(tensors)
+def _listed(micro_batch: MicroBatch) -> list[tuple[str, str, Tensor]]:
+    groups = {"inputs": micro_batch.inputs, "target": micro_batch.target}
+    return [(group, name, tensor.contiguous()) for group, tensors in groups.items() for name, tensor in tensors.items()]
 
 
-def _unpacked(data: bytes) -> MicroBatch:
+def _send_tensors(pipe: Connection, tensors: list[Tensor]) -> None:
+    """Their memory as it is: nothing is copied but into the pipe."""
+    for tensor in tensors:
+        memory = _memory_of(tensor)
+        while memory:
+            memory = memory[os.write(pipe.fileno(), memory) :]
+
+
+def _receive_tensors(pipe: Connection, announced: Announced) -> MicroBatch:
+    """Raises EOFError if the worker ends in between."""
     groups: dict[str, dict[str, Tensor]] = {"inputs": {}, "target": {}}
-    for name, tensor in sorted(load(data).items()):
-        _, group, own = name.split(".", 2)
-        groups[group][own] = tensor
+    for group, name, dtype, shape in announced:
+        tensor = groups[group][name] = torch.empty(shape, dtype=dtype)
+        memory = _memory_of(tensor)
+        while memory:
+            if not (number := os.readv(pipe.fileno(), [memory])):
+                raise EOFError
+            memory = memory[number:]
     return MicroBatch(**groups)
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

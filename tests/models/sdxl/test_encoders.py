@@ -6,6 +6,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 from models.sdxl import Family
+from models.sdxl.encoders import time_ids
 from models.sdxl.tiny import write_tiny
 from utils.config.schema import DatasetConfig
 from utils.data.cache import DatasetCache
@@ -13,7 +14,7 @@ from utils.data.encoders import EncodeItem
 from utils.data.files import DataFile
 from utils.data.media import load_pixels
 from utils.data.sources import scan
-from utils.data.values import Bucket
+from utils.data.values import CENTRE, Bucket, Framing
 
 CPU = torch.device("cpu")
 LAYOUTS = ("diffusers", "released", "comfy")
@@ -201,3 +202,21 @@ def test_original_size_and_crop_come_from_the_file(models, assets, tmp_path):
 def test_unknown_sizes_are_those_of_the_picture(models, pixels):
     ids = encode(models / "released", EncodeItem("a", pixels=pixels), "vae")["time_ids"]
     assert ids.tolist() == [64, 96, 0, 0, 64, 96]
+
+
+def test_time_ids_follow_the_framing(pixels):
+    """A file of 600x400 pixels, trained at 96x64, the size that ``pixels`` have."""
+
+    def ids(framing: Framing) -> list[int]:
+        return time_ids(EncodeItem("a", pixels=pixels, original_size=(600, 400), framing=framing)).tolist()
+
+    assert ids(CENTRE) == ids(Framing(x=0.0)) == [400, 600, 0, 0, 64, 96]  # nothing is cut
+    # A square box of 300 pixels is scaled by 96/300, of which 32 lines are too much; it begins at 32 x 16 of the scaled file.
+    box = (100, 50, 400, 350)
+    assert ids(Framing(box)) == [400, 600, 16 + 16, 32, 64, 96]
+    assert ids(Framing(box, y=0.0)) == [400, 600, 16, 32, 64, 96]
+    assert ids(Framing(box, y=1.0)) == [400, 600, 16 + 32, 32, 64, 96]
+    # A flat one of 600x100 by 64/100, of which 288 columns are too much; it begins 192 lines below the top.
+    assert ids(Framing((0, 300, 600, 400), x=0.25)) == [400, 600, 192, 72, 64, 96]
+    # Without a known size the picture is its own.
+    assert time_ids(EncodeItem("a", pixels=pixels, framing=Framing(box))).tolist() == [64, 96, 0, 0, 64, 96]

@@ -76,6 +76,13 @@ def add_pictures(corpus: Corpus) -> None:
         corpus.add(
             f"EXIF orientation {orientation}", f"turned {orientation}.png", saved(astronaut, "PNG", exif=exif), picture(upright)
         )
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for format, suffix, options in (("JPEG", "jpg", {"quality": 90}), ("WEBP", "webp", {"lossless": True}), ("TIFF", "tif", {})):
+        with Image.open(io.BytesIO(saved(astronaut, format, **options))) as image:
+            upright = np.ascontiguousarray(UPRIGHT[6](np.asarray(image)))
+        turned = saved(astronaut, format, exif=exif, **options)
+        corpus.add(f"EXIF orientation in {format}", f"turned.{suffix}", turned, picture(upright))
     as_it_lies = picture(np.asarray(astronaut))
     corpus.add("broken EXIF", "broken exif.png", saved(astronaut, "PNG", exif=b"Exif\0\0MM\0*\0\0\xff\xff garbage"), as_it_lies)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.utils.data.encode_worker import RULES, Bytes, Pooling, samples_of
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.cache import BuildReport, DatasetCache
+from utils.data.cache.reading import CHANGED
 from utils.data.encoders import EncodeItem
 from utils.data.files import DataFile, content_of
 from utils.data.media import load_pixels
@@ -206,7 +207,7 @@ def test_files_that_change_or_vanish_meanwhile_are_named_or_left_out(mixed: Path
     report = build(DatasetCache(tmp_path / "cache"), samples, [pooling], on_bad_sample="skip")
     assert report.complete
     reasons = {
-        "astronaut": f"{mixed}/astronaut.png: it has changed since the run looked at it; start again",
+        "astronaut": f"{mixed}/astronaut.png: {CHANGED}",
         "bikes": f"{mixed}/bikes.mp4: it cannot be read any more (No such file or directory)",
     }
     assert report.unusable

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from utils.data.files import DataFile
-from utils.data.media import Covering, MediaError, MediaInfo, covering, frames_at, load_pixels, probe
+from utils.data.media import MediaError, MediaInfo, frames_at, load_pixels, probe
 from utils.data.values import Bucket
 
 
@@ -324,9 +324,3 @@ def test_a_file_that_went_away(tmp_path: Path):
 def test_the_error_can_be_sent_to_another_process():
     error = pickle.loads(pickle.dumps(MediaError(DataFile(Path("a.mp4")), "the file is empty")))
     assert (error.file, error.reason, str(error)) == (DataFile(Path("a.mp4")), "the file is empty", "a.mp4: the file is empty")
-
-
-def test_covering_tells_what_is_scaled_and_cut():
-    assert covering((640, 480), (64, 64)) == Covering(width=85, height=64, left=10, top=0)
-    assert covering((30, 90), (32, 32)) == Covering(width=32, height=96, left=0, top=32)
-    assert covering((64, 32), (64, 32)) == Covering(width=64, height=32, left=0, top=0)

@@ -227,22 +227,30 @@ def test_the_report_says_what_is_repeated():
     assert (order.num_samples(0), order.num_micro_batches(0), order.num_steps(0, 3)) == (13, 4, 2)
     assert order.report(3) == [
         "an epoch: 13 samples (10 different) in 2 steps of 12",
+        "  64x64x1: 5 samples, shown 5 times in 2 micro-batches of 4, 3 of them once more",
+        "  64x64x9: 5 samples, shown 8 times in 2 micro-batches of 4",
         "  3 samples are shown once more, to fill the last micro-batch of a bucket",
         "  8 samples are shown once more, to fill the last step of the epoch",
     ]
-    assert EpochOrder(samples, 1, 0).report(13) == ["an epoch: 13 samples (10 different) in 1 steps of 13"]
+    assert EpochOrder(samples, 1, 0).report(13) == [
+        "an epoch: 13 samples (10 different) in 1 steps of 13",
+        "  64x64x1: 5 samples, shown 5 times in 5 micro-batches of 1",
+        "  64x64x9: 5 samples, shown 8 times in 8 micro-batches of 1",
+    ]
 
 
 def test_the_report_of_buckets_and_epochs_that_differ():
     """Seven pictures by six, five clips, each in two epochs of three."""
     samples = [sample(number, BUCKETS[number >= 7], Fraction(2, 3)) for number in range(12)]
-    order = EpochOrder(samples, BatchSizes(1, 3), 0)
+    order = EpochOrder(samples, BatchSizes(1, 3, rules=RULES), 0)
     counts = order.counts(4)
     found = [(c.bucket, c.samples, c.shown, c.batch_size, c.micro_batches, c.filled_up) for c in counts.buckets]
     assert found == [(BUCKETS[0], 7, 4, 3, 2, 2), (BUCKETS[1], 5, 3, 1, 3, 0)]
     extra = sum(len(plan.members) for plan in order.micro_batches(0)[:3])
     assert order.report(4) == [
         "epoch 1: 7 samples (12 different) in 2 steps of 4 micro-batches, of 1 to 3 samples; 8 samples an epoch on average",
+        "  64x64x1: 7 samples of 16 tokens, shown 4 times in 2 micro-batches of 3, 2 of them once more",
+        "  64x64x9: 5 samples of 48 tokens, shown 3 times in 3 micro-batches of 1",
         "  2 samples are shown once more, to fill the last micro-batch of a bucket",
         f"  {extra} samples are shown once more, to fill the last step of the epoch",
     ]

@@ -37,8 +37,20 @@ def numbers(*values: float) -> MicroBatch:
     return MicroBatch({"values": torch.tensor(values, dtype=torch.float64)}, {})
 
 
-def own_pid() -> MicroBatch:
+def meet(folder: Path, number: int) -> MicroBatch:
+    """The process that this is called in, as soon as it is called in so many."""
+    (folder / str(os.getpid())).touch()
+    wait_until(lambda: len(list(folder.iterdir())) == number)
     return numbers(os.getpid(), torch.get_num_threads())
+
+
+def pids_of(pool: WorkerPool, function: int, folder: Path) -> list[int]:
+    """Of all workers, in their order; ``function`` is :func:`meet`."""
+    folder.mkdir()
+    futures = [pool.submit(function, folder, pool.number) for _ in range(pool.number)]
+    found = [values_of(future.result(60)) for future in futures]
+    assert {threads for _, threads in found} == {1}
+    return [int(pid) for pid, _ in found]
 
 
 def sleep(seconds: float) -> MicroBatch:
@@ -72,14 +84,10 @@ def test_tensors_come_back_as_they_were():
         assert all(theirs[name].dtype is tensor.dtype and torch.equal(theirs[name], tensor) for name, tensor in ours.items())
 
 
-def test_each_worker_is_a_process_with_one_thread_for_tensors_and_shares_the_work():
+def test_each_worker_is_a_process_with_one_thread_for_tensors(tmp_path):
     with WorkerPool(3) as pool:
-        function = pool.add(own_pid)
-        found = [values_of(future.result()) for future in [pool.submit(function) for _ in range(6)]]
-        pids = {int(pid) for pid, _ in found}
-        assert len(pids) == 3
-        assert os.getpid() not in pids
-        assert {threads for _, threads in found} == {1}
+        pids = pids_of(pool, pool.add(meet), tmp_path / "met")
+        assert len({*pids, os.getpid()}) == 4
         assert all(map(is_running, pids))
     assert not any(map(is_running, pids))
 
@@ -121,16 +129,15 @@ def test_an_error_is_what_it_was_and_the_worker_goes_on():
         assert values_of(good.result()) == [1]
 
 
-def test_a_killed_worker_is_named_with_what_to_do():
+def test_a_killed_worker_is_named_with_what_to_do(tmp_path):
     with WorkerPool(2) as pool:
-        pid, nap = pool.add(own_pid), pool.add(sleep)
-        first, second = (int(values_of(future.result())[0]) for future in [pool.submit(pid) for _ in range(2)])
+        function, nap = pool.add(meet), pool.add(sleep)
+        first, second = pids_of(pool, function, tmp_path / "met")
         waiting = [pool.submit(nap, 600.0) for _ in range(4)]
         os.kill(first, signal.SIGKILL)
-        for future in (waiting[0], waiting[2], pool.submit(pid)):
-            with pytest.raises(
-                RuntimeError, match=rf"data worker 1 of 2 \(process {first}\) was killed by SIGKILL.*memory runs out"
-            ):
+        said = rf"data worker 1 of 2 \(process {first}\) was killed by SIGKILL. That is what happens when memory runs out"
+        for future in (waiting[0], waiting[2], pool.submit(nap, 0.0)):
+            with pytest.raises(RuntimeError, match=said):
                 future.result(60)
         assert not waiting[1].done()
         assert is_running(second)
@@ -168,30 +175,30 @@ def _read(descriptor: int) -> list[int]:
         return []
 
 
-def test_signals_are_left_to_the_rank(heard):
-    """Also those that come while a worker is born; a rank that gets one hears of it as before."""
+def test_signals_are_left_to_the_rank(heard, tmp_path):
+    """A worker neither dies of them nor tells the rank, which hears of its own as before."""
     with WorkerPool(2) as pool:
-        function = pool.add(own_pid)
-        pids = {int(values_of(pool.submit(function).result())[0]) for _ in range(2)}
+        function = pool.add(meet)
+        pids = pids_of(pool, function, tmp_path / "met")
         for pid in pids:
             for number in SIGNALS:
                 os.kill(pid, number)
-        assert {int(values_of(future.result())[0]) for future in [pool.submit(function) for _ in range(8)]} >= pids
+        assert pids_of(pool, function, tmp_path / "again") == pids
         assert heard() == []
         os.kill(os.getpid(), signal.SIGUSR1)
         assert heard() == [signal.SIGUSR1] * 2
 
 
-def test_a_connection_of_the_rank_ends_with_the_rank():
+def test_a_connection_of_the_rank_ends_with_the_rank(tmp_path):
     """The other end would else take a rank that is gone for one that is busy."""
     ours, theirs = socket.socketpair()
     with WorkerPool(2) as pool:
-        function = pool.add(own_pid)
-        [pool.submit(function).result() for _ in range(2)]
+        function = pool.add(meet)
+        pids = pids_of(pool, function, tmp_path / "met")
         ours.close()
         theirs.settimeout(30)
         assert theirs.recv(1) == b""
-        assert pool.submit(function).result()
+        assert pids_of(pool, function, tmp_path / "again") == pids
     theirs.close()
 
 
@@ -204,16 +211,16 @@ ENDS = {
 }
 RANKS = """
 import os, signal, sys, time
-from tests.utils.data.test_workers import ENDS, own_pid, sleep, values_of
+from pathlib import Path
+from tests.utils.data.test_workers import ENDS, meet, pids_of, sleep
 from utils.data.workers import WorkerPool
 from utils.stopping import DONE, leave
 
 for name, end in ENDS.items():
     if os.fork() == 0:
         pool = WorkerPool(3)
-        function, nap = pool.add(own_pid), pool.add(sleep)
-        futures = [pool.submit(function) for _ in range(3)]
-        print(*(int(values_of(future.result())[0]) for future in futures), flush=True)
+        function, nap = pool.add(meet), pool.add(sleep)
+        print(*pids_of(pool, function, Path(sys.argv[1]) / name), flush=True)
         for _ in range(2):
             pool.submit(nap, 600.0)
         exec(end)
@@ -223,12 +230,12 @@ while True:
 """
 
 
-def test_no_worker_outlives_its_rank_however_that_ends(process_environment):
+def test_no_worker_outlives_its_rank_however_that_ends(process_environment, tmp_path):
     """Neither idle nor busy ones."""
-    command = [sys.executable, "-c", RANKS]
+    command = [sys.executable, "-c", RANKS, tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=process_environment) as ranks:
         # Nothing holds the output open.
         said = ranks.stdout.read().splitlines()
     pids = [int(pid) for line in said for pid in line.split()]
-    assert len(pids) == 3 * len(ENDS)
+    assert len(set(pids)) == 3 * len(ENDS)
     wait_until(lambda: not any(map(is_running, pids)))

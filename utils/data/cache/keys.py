@@ -98,7 +98,7 @@ def _time(sample: Sample) -> tuple[object, ...]:
 def _place(sample: Sample) -> tuple[object, ...]:
     """The framing, for what has another size than the sample itself: a box is the same part of it."""
     framing = sample.framing
-    if framing == CENTRE:
+    if framing is CENTRE or framing == CENTRE:
         return ()
     return ("framed", framing.x, framing.y, *((framing.box, "of", sample.original_size) if framing.box else ()))
 
@@ -106,7 +106,9 @@ def _place(sample: Sample) -> tuple[object, ...]:
 def _cut(sample: Sample) -> tuple[object, ...]:
     """The framing of the sample's own pixels, as far as it makes a difference: where nothing is cut there is no place to choose."""
     framing, whole = sample.framing, sample.original_size
-    if framing == CENTRE or whole is None:
+    if framing is CENTRE:  # as most are
+        return ()
+    if whole is None:
         return _place(sample)
     box = None if framing.box == (0, 0, *whole) else framing.box
     size = (box[2] - box[0], box[3] - box[1]) if box else whole

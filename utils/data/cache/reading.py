@@ -17,7 +17,7 @@ from utils.data.values import Control, Sample
 DECODE_THREADS = 4
 DECODED_BYTES_AHEAD = 1 << 30
 """Pixels that may wait for the encoder, beside the ones it works on."""
-CHANGED = "it has changed since the run looked at it; start again"
+CHANGED = "it has changed since the run looked at it; start again, and if this comes again, touch it: its time of change was kept"
 
 Work = tuple[str, Input]
 """An input with its key."""
