@@ -34,7 +34,7 @@ class Scan:
 
 
 def _received(data: bytes) -> Scan:
-    with _no_collection():
+    with _collection(False):
         return Scan(*pickle.loads(data))
 
 
@@ -59,12 +59,12 @@ def scan(
     """
     if impossible := problems(dataset, rules, controls):
         raise UserError(listed(impossible, "the dataset does not fit the model:"))
-    with _no_collection():
+    with _collection(False):
         memory = FileMemory(hash_cache)
         parts = _listed(dataset, rules, controls, memory)
         known, new = remembered((wanted for part in parts for wanted in part.wanted()), memory)
-    looks = known | look_at_all(new, memory, stop)
-    with _no_collection():
+        with _collection(bool(new)):  # files that are read leave much behind
+            looks = known | look_at_all(new, memory, stop)
         for part in parts:
             part.check(looks)
         _refuse(parts, skip=dataset.on_bad_sample == "skip")
@@ -72,15 +72,14 @@ def scan(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector looks at all objects again whenever there are so many more.  These ones stay: it would find nothing."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+def _collection(wanted: bool) -> Iterator[None]:
+    """Python's collector looks at all objects again whenever there are so many more.  Samples stay: it would find nothing."""
+    before = gc.isenabled()
+    gc.enable() if wanted else gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable() if before else gc.disable()
 
 
 def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules, memory: FileMemory) -> list[Directory]:
