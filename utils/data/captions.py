@@ -119,7 +119,7 @@ def read_captions(listing: Listing, settings: DatasetConfig, problems: Problems)
     found: dict[str, tuple[Caption, ...]] = {}
     used: set[str] = set()
     read: dict[str, tuple[Caption, ...] | CaptionError] = {}
-    texts = {key: place for key, place in listing.texts.items() if key not in tables.keys.values()}
+    texts = {key: place for key, place in listing.texts.items() if key not in tables.files}
     for item in listing.items:
         place: object = item.row or item.found.file
         try:
@@ -127,10 +127,10 @@ def read_captions(listing: Listing, settings: DatasetConfig, problems: Problems)
                 found[item.name] = parse_value(item.caption, settings)
             elif (key := item.stem + ".txt") in texts or (key := item.stem + ".json") in texts:
                 place = texts[key]
+                used.add(key)
                 if key not in read:  # of several files of one name each has it
                     read[key] = parse_file(_bytes(texts[key]), key[len(item.stem) :], settings)
                 found[item.name] = read[key]
-                used.add(key)
             elif (entry := tables.entry_for(item)) is not None:
                 place, value = entry
                 found[item.name] = parse_value(value, settings)
@@ -172,6 +172,7 @@ class _Tables:
     def __init__(self, listing: Listing, settings: DatasetConfig, problems: Problems):
         self.settings, self.problems = settings, problems
         self.keys = {key.removesuffix(TABLE): key for key, name in listing.text_names.items() if f"/{name}".endswith(f"/{TABLE}")}
+        self.files = {*self.keys.values()}
         self.places = {folder: listing.texts[key] for folder, key in self.keys.items()}
         self.names: dict[str, set[str]] = {folder: set() for folder in self.keys}
         for item in listing.items if self.keys else ():

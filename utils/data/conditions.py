@@ -1,6 +1,7 @@
 """What belongs to items beside their captions: control pictures, masks, given first and last frames, in folders of their own."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from utils.config.dataset import DirectoryConfig
@@ -39,7 +40,8 @@ class Beside:
                     continue
                 if stem in self.files:
                     self.twice.setdefault(stem, [self.names[stem]]).append(part.name + entry.name)
-                else:
+                    continue
+                with suppress(OSError):  # it has vanished since the folder was read: its item has none
                     self.files[stem], self.names[stem] = part.found(entry), part.name + entry.name
         self._stems = [item.stem for item in listing.items]
         last = [stem.rpartition("/")[2] for stem in self._stems]
@@ -111,6 +113,7 @@ def add_conditions(
             if end in item.known_frames and end not in rules.known_frames:
                 reason = f"{end}_frame: this model is not shown {'a given' if rules.known_frames else 'any'} {end} frame; remove it"
                 problems.add(item.name, item.row or item.found.file, reason)
+                del item.known_frames[end]
     return {str(beside.folder): beside.stray for beside in searched if beside.stray}
 
 
@@ -124,6 +127,8 @@ def check_conditions(
     if item.box and not (item.box[2] <= info.width and item.box[3] <= info.height):
         yield f"crop = {[*item.box]} is no part of its {info.width}x{info.height} pixels"
     if info.fps is None:
+        given = [end for end in item.known_frames if getattr(directory, f"{end}_frame_path") is None]
+        yield from (f"{end}_frame: it is a picture, and only a clip has a given {end} frame; remove it" for end in given)
         item.known_frames = {}
     for end in KNOWN_FRAMES:
         if info.fps is not None and (path := getattr(directory, f"{end}_frame_path")) and end not in item.known_frames:

@@ -16,7 +16,7 @@ from utils.data.conditions import add_conditions, check_conditions
 from utils.data.files import MediaError, printable
 from utils.data.framing import cropped_share, enlargement
 from utils.data.listing import Found, Item, Listing, Problems
-from utils.data.looks import Look, Wanted
+from utils.data.looks import FileMemory, Look, Wanted
 from utils.data.media import MediaInfo, frames_at
 from utils.data.places import list_directory
 from utils.data.repeats import as_fraction
@@ -62,11 +62,17 @@ class Directory:
 
     @classmethod
     def read(
-        cls, name: str, directory: DirectoryConfig, settings: DatasetConfig, rules: SizeRules, controls: ControlRules
+        cls,
+        name: str,
+        directory: DirectoryConfig,
+        settings: DatasetConfig,
+        rules: SizeRules,
+        controls: ControlRules,
+        memory: FileMemory,
     ) -> "Directory":
         """What lies there, with captions, masks and the like, all of it unopened."""
         found = Problems()
-        listing = list_directory(directory, settings, found)
+        listing = list_directory(directory, settings, memory, found)
         captions = read_captions(listing, settings, found)
         stray = add_conditions(directory, listing, rules, controls, found)
         reading = Reading(ImageColor.getcolor(settings.background, "RGB"), settings.animated)
@@ -78,7 +84,7 @@ class Directory:
             is_reg=directory.is_reg,
             loss_weight=directory.loss_weight,
             lists=[*map(printable, listing.lists)],
-            controls=len(directory.control_paths),
+            controls=max((len(item.controls) for item in listing.items), default=0),
             unused={printable(name): reason for name, reason in listing.unused.items()},
             stray=stray,
             ignored=+listing.ignored,

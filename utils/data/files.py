@@ -57,8 +57,15 @@ class DataFile:
             raise OSError(None, "it is no file, but a folder, a pipe or a device")
         return io.BufferedReader(_Member(self)) if self.member else self.path.open("rb")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _pickled, (str(self.path), self.member, self.offset, self.size)  # several times faster, for 100 000 of them
+
     def __str__(self) -> str:
         return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
+
+
+def _pickled(path: str, member: str, offset: int, size: int) -> DataFile:
+    return DataFile(Path(path), member, offset, size)
 
 
 def content_of(file: DataFile) -> str:

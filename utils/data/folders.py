@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.data.files import DataFile, printable
 from utils.data.listing import MEDIA, Found, Item, Listing, Problems, divided, stamp_of
 from utils.data.lists import METADATA, add_rows
+from utils.data.looks import FileMemory
 from utils.data.scan_report import FOLDERS, HIDDEN
 from utils.data.tars import add_members
 
@@ -90,7 +91,7 @@ def _read(name: str, path: Path) -> tuple[Folder, set[str]]:
     return folder, linked
 
 
-def list_folder(path: Path, recursive: bool, kohya: bool, encoding: str, problems: Problems) -> Listing:
+def list_folder(path: Path, recursive: bool, kohya: bool, encoding: str, memory: FileMemory, problems: Problems) -> Listing:
     """The files of a folder; of tar files in it their members.  ``encoding``: of lists without a mark."""
     listing = Listing("folder", nested=recursive or kohya)
     named = 0
@@ -121,7 +122,7 @@ def list_folder(path: Path, recursive: bool, kohya: bool, encoding: str, problem
         if metadata:
             lists.append((folder.path / metadata, folder.name))
             folder.files = [entry for entry in folder.files if entry.name != metadata]
-        _add_files(folder, listing, problems)
+        _add_files(folder, listing, memory, problems)
         for item in listing.items[first:]:
             item.repeats, item.folder_caption = repeats, caption
         if not recursive and not kohya:
@@ -136,7 +137,7 @@ def list_folder(path: Path, recursive: bool, kohya: bool, encoding: str, problem
     return listing
 
 
-def _add_files(folder: Folder, listing: Listing, problems: Problems) -> None:
+def _add_files(folder: Folder, listing: Listing, memory: FileMemory, problems: Problems) -> None:
     listing.ignored[HIDDEN] += folder.hidden
     for name, reason in folder.broken.items():
         if divided(name)[1] in MEDIA:
@@ -147,12 +148,19 @@ def _add_files(folder: Folder, listing: Listing, problems: Problems) -> None:
     for entry in folder.files:
         name = folder.name + entry.name
         stem, suffix = divided(name)
-        if suffix in MEDIA:
-            listing.items.append(Item(printable(name), folder.found(entry), stem))
-        elif suffix == ".tar":
-            add_members(folder.found(entry), f"{name}/", listing, problems)
-        else:
+        if suffix not in MEDIA and suffix != ".tar":
             listing.other(name, stem, suffix, entry.path)
+            continue
+        try:
+            found = folder.found(entry)
+        except OSError as error:  # it has vanished since the folder was read
+            problems.add(name, entry.path, f"it cannot be read ({error.strerror})")
+            listing.set_aside.add(stem)
+            continue
+        if suffix in MEDIA:
+            listing.items.append(Item(printable(name), found, stem))
+        else:
+            add_members(found, f"{name}/", listing, memory, problems)
 
 
 def _refuse(top: Path, name: str, error: OSError, problems: Problems) -> None:

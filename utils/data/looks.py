@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.data.files import content_of
 from utils.data.listing import Found, stamp_of
@@ -25,7 +25,7 @@ SETTLED_SECONDS = 0.02
 """A file changed so short ago could change again without another time of change, which clocks of file systems round to."""
 WRITE_EVERY_SECONDS = 60.0
 """How much work on new files is lost at most by a run that is killed."""
-_VERSION = [3, PIXELS_VERSION]
+_VERSION = [4, PIXELS_VERSION]
 _BY_READING = {"clip": "", "first_frame": "\0"}
 """What is put before a file's place, as it is another thing in each reading."""
 
@@ -41,6 +41,17 @@ class Look:
     """Whether parts of it are transparent; None: nobody asked."""
 
 
+class Member(NamedTuple):
+    """What a tar file says of one of its members, but for folders."""
+
+    name: str
+    offset: int
+    """Where its bytes begin."""
+    size: int
+    is_plain: bool
+    """Whether it is a file, and no link or the like."""
+
+
 class FileMemory:
     """What is known of files, by where they are and what changes when they do, in one small file.
 
@@ -50,19 +61,20 @@ class FileMemory:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.entries = self._read()
+        self.entries, self.tars = self._read()
         self.fresh: dict[str, list[Any]] = {}
+        self.fresh_tars: dict[str, list[Any]] = {}
         self._infos: dict[tuple[Any, ...], MediaInfo] = {}
 
-    def _read(self) -> dict[str, list[Any]]:
-        """Nothing if the file is absent, broken, or of another version."""
+    def _read(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """Of files, and of members of tar files; nothing if the memory is absent, broken, or of another version."""
         if self.path is None:
-            return {}
+            return {}, {}
         try:
             memory = json.loads(self.path.read_bytes())
-            return {**memory["files"]} if memory["version"] == _VERSION else {}
+            return ({**memory["files"]}, {**memory["tars"]}) if memory["version"] == _VERSION else ({}, {})
         except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return {}, {}
 
     def get(self, key: str, stamp: tuple[int, ...]) -> Look | None:
         entry = self.entries.get(key)
@@ -76,14 +88,24 @@ class FileMemory:
         info = look.info
         self.fresh[key] = [[*stamp], look.content, look.alpha, info.width, info.height, info.frames, info.fps]
 
+    def members(self, tar: Found, read: Callable[[], list[Member]]) -> list[Member]:
+        """What is in a tar file, as ``read`` finds it.  What that raises is raised."""
+        known = self.tars.get(tar.identity)
+        if known is not None and known[0] == [*tar.stamp]:
+            return [Member(*member) for member in known[1]]
+        members = read()
+        self.fresh_tars[tar.identity] = [[*tar.stamp], [[*member] for member in members]]
+        return members
+
     def write(self) -> None:
         """Raises UserError if it cannot be written."""
-        if self.path is None or not self.fresh:
+        if self.path is None or not (self.fresh or self.fresh_tars):
             return
-        self.entries = {**self._read(), **self.fresh}
-        memory = {"version": _VERSION, "files": self.entries}
+        files, tars = self._read()
+        self.entries, self.tars = {**files, **self.fresh}, {**tars, **self.fresh_tars}
+        memory = {"version": _VERSION, "files": self.entries, "tars": self.tars}
         write_atomically(self.path, json.dumps(memory, separators=(",", ":")).encode())
-        self.fresh = {}
+        self.fresh, self.fresh_tars = {}, {}
 
 
 @dataclass(slots=True)

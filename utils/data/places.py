@@ -8,15 +8,16 @@ from utils.data.files import DataFile, printable
 from utils.data.folders import list_folder
 from utils.data.listing import Found, Listing, Problems, stamp_of
 from utils.data.lists import LISTS, list_rows
+from utils.data.looks import FileMemory
 from utils.data.tars import list_tar
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar", ".gz", ".xz", ".zst")
 
 
-def list_directory(directory: DirectoryConfig, settings: DatasetConfig, problems: Problems) -> Listing:
+def list_directory(directory: DirectoryConfig, settings: DatasetConfig, memory: FileMemory, problems: Problems) -> Listing:
     """Everything that lies there; what cannot be read is one of the problems."""
     path = directory.path
-    listing = _listing(path, directory, settings, problems)
+    listing = _listing(path, directory, settings, memory, problems)
     # On Linux a name may be any bytes: two that are written alike on a line of text are told apart.
     if len(times := Counter(item.name for item in listing.items)) < len(listing.items):
         for item in listing.items:
@@ -26,7 +27,7 @@ def list_directory(directory: DirectoryConfig, settings: DatasetConfig, problems
     return listing
 
 
-def _listing(path: Path, directory: DirectoryConfig, settings: DatasetConfig, problems: Problems) -> Listing:
+def _listing(path: Path, directory: DirectoryConfig, settings: DatasetConfig, memory: FileMemory, problems: Problems) -> Listing:
     suffix = path.suffix.lower()
     where = f"[[directory]] path = {printable(str(path))!r}"
     try:
@@ -39,9 +40,9 @@ def _listing(path: Path, directory: DirectoryConfig, settings: DatasetConfig, pr
         if not is_folder and getattr(directory, key):
             problems.whole.append(f"{where}: {key} = true is for folders; remove it")
     if is_folder:
-        return list_folder(path, directory.recursive, directory.kohya_folder_names, settings.caption_encoding, problems)
+        return list_folder(path, directory.recursive, directory.kohya_folder_names, settings.caption_encoding, memory, problems)
     if suffix == ".tar":
-        return list_tar(path, Found(DataFile(path), str(path.resolve()), stamp_of(state)), problems)
+        return list_tar(Found(DataFile(path), str(path.resolve()), stamp_of(state)), memory, problems)
     if suffix in LISTS:
         return list_rows(path, settings.caption_encoding, problems)
     advice = "name a folder, a .tar file, or a list of files that ends in .jsonl or .csv"

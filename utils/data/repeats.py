@@ -7,7 +7,7 @@ them has the third showing is the order's to say (``batches``).
 from collections.abc import Sequence
 from fractions import Fraction
 
-_SHARES = 10**6
+_SHARES = 10**12
 """Shares by temperature are multiples of the largest one over this: a power has no exact value, and may differ in its last bit."""
 
 

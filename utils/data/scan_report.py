@@ -32,7 +32,7 @@ class DirectoryReport:
     lists: list[str] = field(default_factory=list)
     """Lists in the folder that were read: ``metadata.jsonl`` and the like."""
     controls: int = 0
-    """Control pictures of each item, from the folders of ``control_path``."""
+    """Control pictures of each item; the most that one has, where a list gives them different numbers."""
     pictures: int = 0
     clips: int = 0
     """Items that can be read; with or without a sample."""

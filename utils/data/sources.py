@@ -34,7 +34,7 @@ class Scan:
 
 
 def _received(data: bytes) -> Scan:
-    with _no_collection():
+    with _collection(False):
         return Scan(*pickle.loads(data))
 
 
@@ -59,12 +59,12 @@ def scan(
     """
     if impossible := problems(dataset, rules, controls):
         raise UserError(listed(impossible, "the dataset does not fit the model:"))
-    with _no_collection():
-        parts = _listed(dataset, rules, controls)
+    with _collection(False):
         memory = FileMemory(hash_cache)
+        parts = _listed(dataset, rules, controls, memory)
         known, new = remembered((wanted for part in parts for wanted in part.wanted()), memory)
-    looks = known | look_at_all(new, memory, stop)
-    with _no_collection():
+        with _collection(bool(new)):  # files that are read leave much behind
+            looks = known | look_at_all(new, memory, stop)
         for part in parts:
             part.check(looks)
         _refuse(parts, skip=dataset.on_bad_sample == "skip")
@@ -72,18 +72,17 @@ def scan(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector looks at all objects again whenever there are so many more.  These ones stay: it would find nothing."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+def _collection(wanted: bool) -> Iterator[None]:
+    """Python's collector looks at all objects again whenever there are so many more.  Samples stay: it would find nothing."""
+    before = gc.isenabled()
+    gc.enable() if wanted else gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable() if before else gc.disable()
 
 
-def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules) -> list[Directory]:
+def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules, memory: FileMemory) -> list[Directory]:
     """What lies in the directories."""
     names: list[str] = []
     for index, directory in enumerate(dataset.directory):
@@ -93,7 +92,7 @@ def _listed(dataset: DatasetConfig, rules: SizeRules, controls: ControlRules) ->
             name = f"{name}[{index}]"
         names.append(name)
     return [
-        Directory.read(name, directory, settings_for(dataset, directory), rules, controls)
+        Directory.read(name, directory, settings_for(dataset, directory), rules, controls, memory)
         for name, directory in zip(names, dataset.directory, strict=True)
     ]
 
@@ -115,6 +114,7 @@ def _made(parts: list[Directory], dataset: DatasetConfig, rules: SizeRules, capt
         if samples:
             what = "only the regularisation sets (is_reg) have anything that can be trained on"
         raise UserError(f"{what}. Add captioned files, or frame_buckets that fit them. Found:\n" + "\n".join(report.lines()))
+    assert len({sample.key for sample in samples}) == len(samples), "a sample is known by its key"
     return Scan(sorted(samples, key=lambda sample: sample.key), report)
 
 
@@ -124,7 +124,10 @@ def _refuse(parts: list[Directory], skip: bool) -> None:
     files = [line for part in parts for line in part.problems.lines()[len(part.problems.whole) :]]
     if wrong or (files and not skip):
         wrong += files
-        more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+        more = []
+        if len(wrong) > MAX_LISTED:
+            log.warning(listed(wrong, "everything that is wrong with the data set:"))
+            more = [f"and {len(wrong) - MAX_LISTED} more, which the log names"]
         hint = ' (on_bad_sample = "skip" trains without the files that have one)' if files and not skip else ""
         raise UserError(listed(wrong[:MAX_LISTED] + more, f"the data set has {count(len(wrong), 'problem')}{hint}:"))
     if files:

@@ -1,5 +1,6 @@
 """Masks, control pictures and given frames: which file belongs to which item, what is missing, and what does not fit."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,14 @@ def test_given_frames_are_for_models_that_are_shown_them(mixed: Path, small, tmp
         "coffee.png": [],  # a picture is one frame itself
     }
     assert found.report.directories[0].known_frames == 2
+    rows = [
+        {"path": "mixed/bikes.mp4", "first_frame": "frames/bikes.png"},
+        {"path": "mixed/coffee.png", "first_frame": "frames/bikes.png"},
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert refusal(path, rules=SHOWN_FIRST) == [
+        f"{path}:2: first_frame: it is a picture, and only a clip has a given first frame; remove it"
+    ]
+    [sample] = scanned(path, rules=SHOWN_FIRST, on_bad_sample="skip").samples
+    assert [(end, control.file.name) for end, control in sample.known_frames] == [("first", "bikes.png")]

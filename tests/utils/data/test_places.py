@@ -13,6 +13,8 @@ import pytest
 
 from tests.utils.data.encode_worker import RULES
 from utils.config.dataset import DatasetConfig, DirectoryConfig
+from utils.data.folders import Folder
+from utils.data.listing import Found
 from utils.data.media import load_pixels
 from utils.data.sources import Scan, scan
 from utils.data.values import ANY_CONTROLS, Bucket, Caption, ControlRules, SizeRules
@@ -91,6 +93,27 @@ def test_what_is_no_file_is_named(small, tmp_path: Path):
     report = found_in(data, on_bad_sample="skip").report
     assert {*report.skipped} == {"data/gone.png", "data/itself.png", "data/pipe.png"}
     assert report.unused == {"data/gone.dat": "it cannot be read (No such file or directory)"}
+
+
+def test_files_that_vanish_meanwhile_are_named(small, tmp_path: Path, monkeypatch):
+    data, controls = tmp_path / "data", tmp_path / "controls"
+    for name in ("a.png", "b.png", "c.png"):
+        small(data / name, name)
+        small(controls / name)
+    plain = Folder.found
+
+    def vanishing(self: Folder, entry: os.DirEntry[str]) -> Found:
+        if entry.path in (f"{data}/a.png", f"{controls}/b.png"):
+            Path(entry.path).unlink()
+        return plain(self, entry)
+
+    monkeypatch.setattr(Folder, "found", vanishing)
+    found = found_in(data, control_path=controls, on_bad_sample="skip")
+    assert [sample.file.name for sample in found.samples] == ["c.png"]
+    assert found.report.skipped == {
+        "data/a.png": "it cannot be read (No such file or directory)",
+        "data/b.png": f"there is no control picture of that name in {controls}; add b.png or the like",
+    }
 
 
 NAMES = [

@@ -134,13 +134,14 @@ def test_everything_that_is_wrong_is_told_at_once(mixed: Path, assets, tmp_path:
     ]
 
 
-def test_many_problems_are_counted(tmp_path: Path):
+def test_many_problems_are_counted_and_the_log_names_all(tmp_path: Path, caplog):
     folder = tmp_path / "many"
     folder.mkdir()
     for index in range(50):
         (folder / f"{index:02}.txt").write_text("")
     lines = refusal(config(folder)).splitlines()
-    assert (lines[0][:29], len(lines), lines[-1]) == ("the data set has 50 problems ", 42, "  - and 10 more")
+    assert (lines[0][:29], len(lines), lines[-1]) == ("the data set has 50 problems ", 42, "  - and 10 more, which the log names")
+    assert all(f"{index:02}.txt: a caption without" in caplog.messages[0] for index in range(50))
 
 
 def test_settings_the_model_cannot_take(mixed: Path):
@@ -389,6 +390,7 @@ def test_members_of_a_tar_file_are_known_again(small, tmp_path: Path, monkeypatc
     first = scan(config(tar, resolutions=[64]), RULES, hash_cache=memory)
     with monkeypatch.context() as patched:
         patched.setattr(looks, "probe", None)
+        patched.setattr(tarfile, "open", None)
         assert scan(config(tar, resolutions=[64]), RULES, hash_cache=memory) == first
     write(pictures[::-1])
     again = scan(config(tar, resolutions=[64]), RULES, hash_cache=memory)
