@@ -177,15 +177,25 @@ def _read(descriptor: int) -> list[int]:
         return []
 
 
-def test_signals_are_left_to_the_rank(heard, tmp_path):
-    """A worker neither dies of them nor tells the rank, which hears of its own as before."""
+def assert_signals_do_nothing(pool: WorkerPool, folder: Path) -> None:
+    function = pool.add(meet)
+    pids = pids_of(pool, function, folder / "met")
+    for pid in pids:
+        for number in SIGNALS:
+            os.kill(pid, number)
+    assert pids_of(pool, function, folder / "again") == pids
+
+
+def test_signals_do_not_end_a_worker(tmp_path):
+    """Although nobody has asked to hear of them, so that this process would die of them."""
     with WorkerPool(2) as pool:
-        function = pool.add(meet)
-        pids = pids_of(pool, function, tmp_path / "met")
-        for pid in pids:
-            for number in SIGNALS:
-                os.kill(pid, number)
-        assert pids_of(pool, function, tmp_path / "again") == pids
+        assert_signals_do_nothing(pool, tmp_path)
+
+
+def test_signals_are_left_to_the_rank(heard, tmp_path):
+    """A worker does not tell the rank of them, which hears of its own as before."""
+    with WorkerPool(2) as pool:
+        assert_signals_do_nothing(pool, tmp_path)
         assert heard() == []
         os.kill(os.getpid(), signal.SIGUSR1)
         assert heard() == [signal.SIGUSR1] * 2
