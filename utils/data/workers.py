@@ -34,7 +34,11 @@ log = logging.getLogger(__name__)
 
 PIPE_BYTES = 1 << 20
 """What a pipe holds, where the system allows it: fewer, larger pieces."""
+BIRTHS, BIRTH_SECONDS = 3, 60.0
+"""How often a worker is started that does not begin, each time after so long."""
+_READY = b"ready"
 _PR_SET_PDEATHSIG = 1
+_LIBRARY = ctypes.CDLL(None)
 
 Function = Callable[..., MicroBatch]
 
@@ -79,8 +83,35 @@ class WorkerPool:
 
         They die with the thread that calls this.
         """
-        for number in range(self.number - len(self._workers)):
+        if len(self._workers) == self.number:
+            return
+        # All of them before the threads: a lock that a thread holds at the moment of a fork stays locked in the worker.
+        for number in range(self.number):
             self._workers.append(self._fork(number))
+        for worker in self._workers:
+            self._see_it_begin(worker)
+        for worker in self._workers:
+            name = f"data worker {worker.number + 1}"
+            worker.reader = threading.Thread(target=self._receive, args=(worker,), name=name, daemon=True)
+            worker.reader.start()
+
+    def _see_it_begin(self, worker: _Worker) -> None:
+        """Put another worker in the place of one that is stuck at its birth, by what some thread of the rank was at just then."""
+        for _ in range(BIRTHS):
+            try:
+                if worker.results.poll(BIRTH_SECONDS) and worker.results.recv_bytes() == _READY:
+                    return
+            except (EOFError, OSError):
+                pass  # it has said why
+            log.warning("data worker %d of %d (process %d) did not begin", worker.number + 1, self.number, worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(worker.pid, 0)
+            worker.requests.close()
+            worker.results.close()
+            other = self._fork(worker.number)
+            worker.pid, worker.requests, worker.results = other.pid, other.requests, other.results
+        raise RuntimeError("no data worker could be started; with num_loader_workers = 0 the rank reads its data itself")
 
     def submit(self, function: int, *arguments: Any) -> Future[MicroBatch]:
         """Ask the worker that has the least to do; starts the workers if that was not done."""
@@ -91,10 +122,12 @@ class WorkerPool:
         """End the workers at once, whatever they are at."""
         self._closing = True
         for worker in self._workers:
-            with suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
+            with worker.lock:  # the number of a process that is gone may be another's by now
+                if worker.end is None:
+                    os.kill(worker.pid, signal.SIGKILL)
         for worker in self._workers:
-            worker.reader.join()
+            if worker.reader is not None:
+                worker.reader.join()
             worker.requests.close()
             worker.results.close()
         self._workers.clear()
@@ -116,16 +149,13 @@ class WorkerPool:
         try:
             pid = os.fork()
             if pid == 0:
-                ours = [end for worker in self._workers for end in (worker.requests, worker.results)]
+                ours = [end for worker in self._workers for end in (worker.requests, worker.results) if not end.closed]
                 _become_worker(parent, [*ours, requests, results], kept_back, their_requests, their_results, self._functions)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, kept_back)
         their_requests.close()
         their_results.close()
-        worker = _Worker(number, pid, requests, results)
-        worker.reader = threading.Thread(target=self._receive, args=(worker,), name=f"data worker {number + 1}", daemon=True)
-        worker.reader.start()
-        return worker
+        return _Worker(number, pid, requests, results)
 
     def _receive(self, worker: _Worker) -> None:
         """A thread: take what the worker sends as soon as it is there, so that nothing is copied while training waits for it."""
@@ -137,6 +167,8 @@ class WorkerPool:
                 else:
                     micro_batch = _receive_tensors(worker.results, answer)
                     worker.waiting.popleft().set_result(micro_batch)
+        with suppress(ChildProcessError):  # somebody else has asked for it
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         with worker.lock:
             worker.end = RuntimeError(self._obituary(worker))
         if not self._closing:
@@ -147,7 +179,7 @@ class WorkerPool:
     def _obituary(self, worker: _Worker) -> str:
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        except ChildProcessError:  # somebody else has asked for it
+        except ChildProcessError:
             code = None
         name = f"data worker {worker.number + 1} of {self.number} (process {worker.pid})"
         if code is not None and code < 0:
@@ -198,6 +230,8 @@ def _become_worker(
         _let_go_of_sockets()
         gc.freeze()  # what came from the rank is neither looked at nor finalised here
         torch.set_num_threads(1)
+        _memory_of(torch.ones(1) + 1)  # whatever the first use of tensors waits for
+        results.send_bytes(_READY)
         _serve(requests, results, functions)
     except BaseException:
         traceback.print_exc()
@@ -206,8 +240,8 @@ def _become_worker(
 
 
 def _die_with(parent: int) -> None:
-    with suppress(OSError, AttributeError):  # Linux's; elsewhere the end of the pipe tells
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(AttributeError):  # Linux's; elsewhere the end of the pipe tells
+        _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 

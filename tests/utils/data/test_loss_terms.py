@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from tests.utils.data.encode_worker import RULES, Pooling
 from tests.utils.data.orders import BUCKETS, sample
+from utils.config.dataset import DatasetConfig, DirectoryConfig
 from utils.data.batches import BatchLoader
+from utils.data.cache import DatasetCache
 from utils.data.loss_terms import target_mask, with_loss_terms
+from utils.data.masks import MaskEncoder
 from utils.data.order import MicroBatchPlan
+from utils.data.sources import scan
 from utils.data.values import Batch, MicroBatch, Sample
 from utils.data.workers import WorkerPool
 from utils.diffusion.losses import averaged
@@ -122,3 +128,39 @@ def test_the_loader_adds_them_behind_the_family_and_evaluation_leaves_out_the_we
         assert torch.equal(target["mask"], torch.stack([mask, torch.ones(1, 8, 8)]))
     assert loader.micro_batch(plain, Draw(0, 0)).target.keys() == {"velocity"}
     assert seen == [{"latents"}] * 3
+
+
+def test_masks_of_real_files_reach_the_target(mixed: Path, tmp_path: Path):
+    """White in the left half: of a picture, and of a clip whose nine frames are three in the target."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, size in (("astronaut", (512, 512)), ("bikes", (640, 272))):
+        mask = Image.new("L", size, "black")
+        mask.paste("white", (0, 0, size[0] // 2, size[1]))
+        mask.save(masks / f"{name}.png")
+    directory = DirectoryConfig(path=mixed, mask_path=masks, loss_weight=0.5)
+    dataset = DatasetConfig(resolutions=[64], frame_buckets=[1, 9], directory=[directory])
+    samples = {sample.file.stem: sample for sample in scan(dataset, RULES, hash_cache=None).samples}
+    encoders = [Pooling(), MaskEncoder()]
+    cache = DatasetCache(tmp_path / "cache")
+    cache.build(list(samples.values()), encoders, device=torch.device("cpu"))
+
+    def prepare(batch: Batch, draw: Draw) -> MicroBatch:
+        latents = torch.stack([value.float()[:, ::4] for value in batch.fields["latents"]])
+        return MicroBatch({}, {"velocity": latents})
+
+    def target(*names: str) -> dict[str, Tensor]:
+        return loader.micro_batch(MicroBatchPlan(0, tuple((samples[name].key, 0) for name in names)), Draw(0, 0)).target
+
+    with WorkerPool(0) as workers:
+        loader = BatchLoader(cache, list(samples.values()), encoders, prepare, workers)
+        pictures, clip, without = target("astronaut", "coffee"), target("bikes"), target("carphone_pristine")
+    assert pictures["mask"].shape == (2, 1, 1, 8, 8)
+    assert clip["mask"].shape == (1, 1, 3, 8, 8)
+    for found in (pictures["mask"][0], clip["mask"][0]):
+        # Lanczos rings a little at the edge, which lies between two columns.
+        assert (found[..., :3] - 1).abs().max() <= 0.02
+        assert found[..., 5:].abs().max() <= 0.02
+    assert torch.equal(pictures["mask"][1], torch.ones(1, 1, 8, 8))
+    assert "mask" not in without
+    assert pictures["weights"].tolist() == [0.5, 0.5]

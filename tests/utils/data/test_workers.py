@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.data import workers
 from utils.data.values import MicroBatch
 from utils.data.workers import WorkerPool
 from utils.errors import UserError
@@ -175,15 +177,25 @@ def _read(descriptor: int) -> list[int]:
         return []
 
 
-def test_signals_are_left_to_the_rank(heard, tmp_path):
-    """A worker neither dies of them nor tells the rank, which hears of its own as before."""
+def assert_signals_do_nothing(pool: WorkerPool, folder: Path) -> None:
+    function = pool.add(meet)
+    pids = pids_of(pool, function, folder / "met")
+    for pid in pids:
+        for number in SIGNALS:
+            os.kill(pid, number)
+    assert pids_of(pool, function, folder / "again") == pids
+
+
+def test_signals_do_not_end_a_worker(tmp_path):
+    """Although nobody has asked to hear of them, so that this process would die of them."""
     with WorkerPool(2) as pool:
-        function = pool.add(meet)
-        pids = pids_of(pool, function, tmp_path / "met")
-        for pid in pids:
-            for number in SIGNALS:
-                os.kill(pid, number)
-        assert pids_of(pool, function, tmp_path / "again") == pids
+        assert_signals_do_nothing(pool, tmp_path)
+
+
+def test_signals_are_left_to_the_rank(heard, tmp_path):
+    """A worker does not tell the rank of them, which hears of its own as before."""
+    with WorkerPool(2) as pool:
+        assert_signals_do_nothing(pool, tmp_path)
         assert heard() == []
         os.kill(os.getpid(), signal.SIGUSR1)
         assert heard() == [signal.SIGUSR1] * 2
@@ -200,6 +212,26 @@ def test_a_connection_of_the_rank_ends_with_the_rank(tmp_path):
         assert theirs.recv(1) == b""
         assert pids_of(pool, function, tmp_path / "again") == pids
     theirs.close()
+
+
+def test_a_worker_that_is_stuck_at_its_birth_is_replaced(monkeypatch, tmp_path, caplog):
+    """As one that was forked while a thread of the rank held a lock that it needs."""
+    monkeypatch.setattr(workers, "BIRTH_SECONDS", 1.0)
+    as_usual = workers._let_go_of_sockets
+
+    def stuck_once() -> None:
+        try:
+            (tmp_path / "stuck").touch(exist_ok=False)
+        except FileExistsError:
+            return as_usual()
+        time.sleep(600)
+
+    monkeypatch.setattr(workers, "_let_go_of_sockets", stuck_once)
+    with WorkerPool(2) as pool:
+        pids = pids_of(pool, pool.add(meet), tmp_path / "met")
+        assert all(map(is_running, pids))
+    assert re.findall(r"data worker \d of 2 \(process \d+\) did not begin", caplog.text)
+    assert not any(map(is_running, pids))
 
 
 ENDS = {
