@@ -228,6 +228,7 @@ def _become_worker(
         for connection in ours:
             connection.close()
         _let_go_of_sockets()
+        _give_way()
         gc.freeze()  # what came from the rank is neither looked at nor finalised here
         torch.set_num_threads(1)
         _memory_of(torch.ones(1) + 1)  # whatever the first use of tensors waits for
@@ -244,6 +245,12 @@ def _die_with(parent: int) -> None:
         _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def _give_way() -> None:
+    """A request that wakes a worker does not take the core from the rank that has sent it."""
+    with suppress(OSError, AttributeError):  # Linux's
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _let_go_of_sockets() -> None:
