@@ -30,12 +30,12 @@ from utils.checkpoints.run_exports import RunExporter
 from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig, seconds_in
-from utils.data.batches import BatchLoader
+from utils.data.batches.loader import BatchLoader
+from utils.data.batches.workers import WorkerPool
 from utils.data.cache import DatasetCache, broken_files
 from utils.data.masks import MaskEncoder, has_mask
-from utils.data.sources import Scan, scan
+from utils.data.sources.scan import Scan, scan
 from utils.data.values import Sample
-from utils.data.workers import WorkerPool
 from utils.errors import UserError, listed
 from utils.evaluation import EvalData
 from utils.metrics import MetricLog, setup_logging

@@ -20,9 +20,9 @@ from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.checkpoints.run_exports import Under, WeightsOfFiles, WriteExport
 from utils.checkpoints.weights import NamedWeights, check_names
 from utils.config.schema import RunConfig
-from utils.data.batch_sizes import BatchSizes
-from utils.data.order import EpochOrder
-from utils.data.sources import Scan
+from utils.data.batches.order import EpochOrder
+from utils.data.batches.sizes import BatchSizes
+from utils.data.sources.scan import Scan
 from utils.data.values import Sample
 from utils.errors import UserError, listed
 from utils.optim.rates import LearningRates

@@ -22,7 +22,7 @@ from utils.config.load import LoadedConfig
 from utils.config.schema import RunConfig
 from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder
-from utils.data.sources import scan
+from utils.data.sources.scan import scan
 from utils.data.values import Sample
 from utils.errors import UserError
 from utils.pipeline.layer import PipelineLayer

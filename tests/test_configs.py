@@ -11,7 +11,7 @@ from utils.config.dump import BEGIN, END, schema_markdown, write_tables
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import DatasetConfig
 from utils.config.toml_file import TomlFile
-from utils.data import buckets
+from utils.data.sources import buckets
 from utils.optim.trials import optimizer_problems
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.data.batches import BatchLoader
-from utils.data.order import MicroBatchPlan
+from utils.data.batches.loader import BatchLoader
+from utils.data.batches.order import MicroBatchPlan
 from utils.data.values import Sample
 from utils.draw import Draw
 from utils.metrics import MetricLog

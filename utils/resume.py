@@ -18,8 +18,8 @@ from utils.checkpoints.checkpoint import Checkpoint, Progress, differences, kind
 from utils.checkpoints.tensor_files import SafetensorsFile, TensorInfo
 from utils.config.describe import table_of
 from utils.config.schema import AdapterConfig, RunConfig
-from utils.data.batch_sizes import BatchSizes
-from utils.data.order import EpochOrder
+from utils.data.batches.order import EpochOrder
+from utils.data.batches.sizes import BatchSizes
 from utils.errors import UserError, listed
 from utils.schedule import GlobalBatch, Schedule
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.checkpoints.checkpoint import Progress
 from utils.config.schema import RunConfig
-from utils.data.order import EpochOrder, MicroBatchPlan
+from utils.data.batches.order import EpochOrder, MicroBatchPlan
 from utils.errors import UserError
 
 

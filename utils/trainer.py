@@ -12,8 +12,8 @@ import torch
 from utils.bad_steps import BadSteps
 from utils.checkpoints.checkpoint import Checkpoint, Progress
 from utils.config.schema import RunConfig
-from utils.data.batches import BatchLoader, Timed
-from utils.data.order import EpochOrder, MicroBatchPlan
+from utils.data.batches.loader import BatchLoader, Timed
+from utils.data.batches.order import EpochOrder, MicroBatchPlan
 from utils.draw import Draw
 from utils.evaluation import EvalData, Evaluation
 from utils.metrics import MetricLog

@@ -16,7 +16,7 @@ from models.sdxl.options import SdxlOptions
 from models.sdxl.text_encoders import TEXT_ENCODERS, trained_text_encoders
 from models.sdxl.tokens import CHUNK, TokenEncoder, token_rows
 from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.data.media import covering
+from utils.data.media.pixels import covering
 from utils.data.values import CENTRE
 from utils.runtime import DTYPES
 

@@ -23,7 +23,7 @@ from tests.distributed.harness import free_port
 from utils.adapters.manager import AdapterManager, trainable_parameters
 from utils.checkpoints.manager import Checkpoint, CheckpointManager, Progress
 from utils.config.schema import AdapterConfig, EmaConfig, OptimizerConfig
-from utils.data.loss_terms import with_loss_terms
+from utils.data.batches.loss_terms import with_loss_terms
 from utils.data.values import Batch, MicroBatch
 from utils.draw import Draw, generator
 from utils.optim.kinds import key_problems

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.harness import world
 from tests.distributed.test_run import assert_same_tensors, export_of, losses_of, steps_of
-from tests.utils.data.test_workers import is_running, wait_until
+from tests.utils.data.batches.test_workers import is_running, wait_until
 from utils.stopping import FAILED, RUN_AGAIN
 
 SETTINGS = {

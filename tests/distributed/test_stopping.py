@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.harness import World, run_world, world
 from tests.distributed.test_run import assert_same_tensors, export_of, losses_of
-from utils.data.shards import ShardFolder
+from utils.data.cache.shards import ShardFolder
 from utils.stopping import DONE, RUN_AGAIN, USER_ERROR
 
 EVALUATED = 30

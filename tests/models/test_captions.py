@@ -10,15 +10,15 @@ from models import load_family
 from models.qwen_image import tiny as qwen_image
 from models.sdxl import tiny as sdxl
 from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.batches import BatchLoader
+from utils.data.batches.loader import BatchLoader
+from utils.data.batches.order import MicroBatchPlan
+from utils.data.batches.workers import WorkerPool
 from utils.data.cache import DatasetCache
+from utils.data.captions.variants import alternatives, as_shown
 from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.data.media import load_pixels
-from utils.data.order import MicroBatchPlan
-from utils.data.sources import scan
+from utils.data.media.pixels import load_pixels
+from utils.data.sources.scan import scan
 from utils.data.values import Bucket, Sample
-from utils.data.variants import alternatives, as_shown
-from utils.data.workers import WorkerPool
 from utils.draw import Draw
 
 CPU = torch.device("cpu")

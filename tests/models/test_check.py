@@ -16,9 +16,9 @@ from tests.utils.report.reading import ReadPage, difference, levels, read_page
 from utils.config.load import load_config
 from utils.data.cache import DatasetCache
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
-from utils.data.sources import scan
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
+from utils.data.sources.scan import scan
 from utils.data.values import Bucket
 from utils.errors import UserError
 

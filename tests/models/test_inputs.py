@@ -11,8 +11,8 @@ import torch
 
 from models import family_names, load_family
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import family_names, load_family
-from utils.data.loss_terms import with_loss_terms
+from utils.data.batches.loss_terms import with_loss_terms
 from utils.draw import Draw
 
 FIRST = [(name, load_family(name).variants[0]) for name in family_names()]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from models import family_names, load_family
 from models.base import ModelFamily
 from utils.config.schema import DatasetConfig, DirectoryConfig
-from utils.data.buckets import problems
+from utils.data.sources.buckets import problems
 from utils.errors import UserError
 
 LAYOUTS = ("diffusers", "released", "comfy")

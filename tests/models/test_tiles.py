@@ -8,8 +8,8 @@ import torch
 from models import load_family
 from utils.data.cache import DatasetCache
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile, content_of
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile, content_of
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Bucket, Sample
 from utils.errors import UserError
 

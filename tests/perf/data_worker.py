@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data import clips
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media import clips
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Bucket
 
 ROUNDS = 5

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from utils.config.dataset import DatasetConfig, DirectoryConfig
-from utils.data.sources import scan
+from utils.data.sources.scan import scan
 from utils.data.values import SizeRules
 
 ITEMS = 20_000

@@ -22,9 +22,9 @@ from tests.distributed.harness import ROOT, rank_environment
 from tests.perf.test_perf import ATTEMPTS
 from utils.config.load import load_config
 from utils.data.cache import DatasetCache, inputs_of
+from utils.data.cache.shards import ShardWriter
 from utils.data.encoders import ConditionEncoder
 from utils.data.masks import MaskEncoder, has_mask
-from utils.data.shards import ShardWriter
 from utils.data.values import Sample
 
 ITEMS = int(os.environ.get("SECOND_START_ITEMS", "100000"))

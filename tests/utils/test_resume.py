@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tests.utils.data.orders import BUCKETS, RULES, sample
 from utils.checkpoints.checkpoint import Checkpoint, Progress, sealed
 from utils.config.schema import RunConfig
-from utils.data.batch_sizes import BatchSizes
-from utils.data.order import EpochOrder
+from utils.data.batches.order import EpochOrder
+from utils.data.batches.sizes import BatchSizes
 from utils.errors import UserError
 from utils.resume import refuse_other_weights, report_resume
 from utils.schedule import Schedule, data_fingerprint

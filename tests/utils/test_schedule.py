@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.utils.data.orders import BUCKETS, RULES, SIZES, orders, sample, shown_in
 from utils.checkpoints.checkpoint import Progress
 from utils.config.schema import ModelOptions, OptimizerConfig, RunConfig
-from utils.data.batch_sizes import BatchSizes
-from utils.data.order import EpochOrder
+from utils.data.batches.order import EpochOrder
+from utils.data.batches.sizes import BatchSizes
 from utils.errors import UserError
 from utils.schedule import DataStep, GlobalBatch, Schedule, data_fingerprint, data_step, position
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from utils.data.files import DataFile
+from utils.data.media.files import DataFile
 
 
 @dataclass(frozen=True)

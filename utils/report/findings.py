@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from utils.data.batches.order import BucketCounts, EpochOrder
+from utils.data.captions.variants import texts_of
 from utils.data.encoders import ConditionEncoder, TokenLength
-from utils.data.media import covering, cropped_share, enlargement
-from utils.data.order import BucketCounts, EpochOrder
-from utils.data.scan_report import DirectoryReport
-from utils.data.sources import Scan
+from utils.data.media.pixels import covering, cropped_share, enlargement
+from utils.data.sources.report import DirectoryReport
+from utils.data.sources.scan import Scan
 from utils.data.values import Bucket, Sample, SizeRules
-from utils.data.variants import texts_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from utils.data.cache.keys import Input
 from utils.data.cache.reading import ItemReader
 from utils.data.encoders import ConditionEncoder
 from utils.data.masks import MaskEncoder, has_mask
-from utils.data.media import MediaError, load_pixels
+from utils.data.media.pixels import MediaError, load_pixels
 from utils.data.values import Bucket, Sample
 from utils.report.findings import Cut
 

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from utils.data.masks import has_mask
-from utils.data.scan_report import FOLDERS, HIDDEN, DirectoryReport
+from utils.data.sources.report import FOLDERS, HIDDEN, DirectoryReport
 from utils.report.findings import CaptionFindings, DataFindings, item_of
 
 NAMED = 10

@@ -10,8 +10,8 @@ from PIL import Image
 from models.flux import Family
 from models.flux.tiny import RealTokenizers, write_tiny
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
 

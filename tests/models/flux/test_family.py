@@ -13,8 +13,8 @@ from models.flux.keys import flux_key_map
 from tests.models.flux import reference
 from utils.checkpoints.export import TrainingFacts, export_full
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw

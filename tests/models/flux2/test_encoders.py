@@ -12,8 +12,8 @@ from models.flux2.chat import CHATS, ChatTokenizer
 from models.flux2.tiny import QWEN3_CHAT
 from tests.models.flux2.reference import PIPELINES
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
 

@@ -20,8 +20,8 @@ from models.qwen_image.tiny import write_tiny
 from tests.models.qwen_image.pipelines import opened, picture_of
 from utils.config.schema import ModelOptions
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
 

@@ -11,8 +11,8 @@ from PIL import Image
 from models.sd3 import Family
 from models.sd3.tiny import RealTokenizers, write_tiny
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw, generator
 from utils.errors import UserError

@@ -11,9 +11,9 @@ from models.sdxl.tiny import write_tiny
 from utils.config.schema import DatasetConfig
 from utils.data.cache import DatasetCache
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
-from utils.data.sources import scan
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
+from utils.data.sources.scan import scan
 from utils.data.values import CENTRE, Bucket, Framing
 
 CPU = torch.device("cpu")

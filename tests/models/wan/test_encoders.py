@@ -20,8 +20,8 @@ from models.wan.files import find_files
 from models.wan.options import WanOptions
 from models.wan.tiny import write_tiny
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Bucket
 from utils.errors import UserError
 

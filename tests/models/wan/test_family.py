@@ -9,8 +9,8 @@ from models import load_family
 from tests.models.wan import reference
 from utils.config.dump import dump_table
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Batch, Bucket
 from utils.draw import Draw
 from utils.errors import UserError

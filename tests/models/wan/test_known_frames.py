@@ -11,8 +11,8 @@ from tests.models.test_inputs import flat, item_for, recorded
 from tests.models.wan import reference
 from utils.data.cache import DatasetCache
 from utils.data.encoders import EncodeItem
-from utils.data.files import DataFile, content_of
-from utils.data.media import load_pixels
+from utils.data.media.files import DataFile, content_of
+from utils.data.media.pixels import load_pixels
 from utils.data.values import Batch, Bucket, Control, Sample
 from utils.draw import Draw
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.files import DataFile
-from utils.data.media import MediaInfo
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import MediaInfo
 from utils.data.values import AS_IT_IS, Bucket, Reading
 
 

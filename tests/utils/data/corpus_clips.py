@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tests.utils.data.corpus import Corpus, Used
-from utils.data.media import MediaInfo
+from utils.data.media.pixels import MediaInfo
 
 SIZE = (160, 68)
 FPS = 16.0

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 from tests.utils.data import icc
 from tests.utils.data.corpus import Corpus, Used, picture
-from utils.data.media import MediaInfo
+from utils.data.media.pixels import MediaInfo
 from utils.data.values import Reading
 
 ORIENTATION = 0x0112

@@ -21,7 +21,7 @@ from torch.nn import functional
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.cache import DatasetCache
 from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.data.sources import scan
+from utils.data.sources.scan import scan
 from utils.data.values import Sample, SizeRules
 from utils.errors import UserError
 from utils.topology import Topology

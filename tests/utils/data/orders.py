@@ -6,9 +6,9 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from utils.data.batch_sizes import BatchSizes
-from utils.data.files import DataFile
-from utils.data.order import EpochOrder, MicroBatchPlan
+from utils.data.batches.order import EpochOrder, MicroBatchPlan
+from utils.data.batches.sizes import BatchSizes
+from utils.data.media.files import DataFile
 from utils.data.values import Bucket, Control, Sample, SizeRules
 
 BUCKETS = [Bucket(64, 64, 1), Bucket(64, 64, 9), Bucket(96, 48, 9)]

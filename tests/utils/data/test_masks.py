@@ -11,9 +11,9 @@ from PIL import Image
 
 from tests.utils.data.encode_worker import Bytes
 from utils.data.cache import DatasetCache
-from utils.data.files import DataFile, content_of
 from utils.data.masks import MaskEncoder
-from utils.data.media import load_alpha_mask, load_mask
+from utils.data.media.files import DataFile, content_of
+from utils.data.media.pixels import load_alpha_mask, load_mask
 from utils.data.values import Bucket, Control, Framing, Sample
 
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.batch_sizes import BatchSizes
+from utils.data.batches.order import EpochOrder
+from utils.data.batches.sizes import BatchSizes
 from utils.data.encoders import ConditionEncoder, TokenLength
-from utils.data.files import DataFile
-from utils.data.media import load_pixels
-from utils.data.order import EpochOrder
-from utils.data.scan_report import DirectoryReport, ScanReport
-from utils.data.sources import Scan
+from utils.data.media.files import DataFile
+from utils.data.media.pixels import load_pixels
+from utils.data.sources.report import DirectoryReport, ScanReport
+from utils.data.sources.scan import Scan
 from utils.data.values import Bucket, Caption, Control, Framing, Sample, SizeRules
 from utils.report.findings import count_tokens, cut_of, findings_of
 from utils.report.tables import number, percent, plain, summary

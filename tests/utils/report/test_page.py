@@ -13,10 +13,10 @@ from PIL import Image
 from models import load_family
 from tests.utils.report.reading import difference, levels, read_page
 from utils.data.encoders import ConditionEncoder
-from utils.data.files import DataFile, content_of
-from utils.data.media import load_alpha_mask, load_mask, load_pixels
-from utils.data.scan_report import DirectoryReport, ScanReport
-from utils.data.sources import Scan
+from utils.data.media.files import DataFile, content_of
+from utils.data.media.pixels import load_alpha_mask, load_mask, load_pixels
+from utils.data.sources.report import DirectoryReport, ScanReport
+from utils.data.sources.scan import Scan
 from utils.data.values import Bucket, Caption, Control, Framing, Reading, Sample, SizeRules
 from utils.errors import UserError
 from utils.report.findings import findings_of

@@ -4,8 +4,7 @@ An item's key is the hash of what goes into the encoder (``keys``): the file's b
 the caption's text.  It lies in the folder of the encoder and its fingerprint.  So changing one caption encodes one caption anew,
 another text encoder never meets stale outputs, and runs may share a cache.  The ranks of a run take the next piece of the work
 whenever they are free (``sharing``), read what encoders need ahead of them (``reading``), give them as much as the memory holds
-(``memory``), and write shards of their own (``encoding``, ``utils.data.shards``).  ``python -m utils.data.cache`` looks after a
-cache.
+(``memory``), and write shards of their own (``encoding``, ``shards``).  ``python -m utils.data.cache`` looks after a cache.
 """
 
 from utils.data.cache.dataset import BuildReport, DatasetCache, EncoderReport, broken_files

@@ -21,7 +21,7 @@ from typing import Any
 
 from utils import words
 from utils.config.schema import seconds_in
-from utils.data.shards import ABOUT, INDEX_ERRORS, check_bytes, check_header, index_names, read_index
+from utils.data.cache.shards import ABOUT, INDEX_ERRORS, check_bytes, check_header, index_names, read_index
 from utils.errors import UserError
 
 LEFTOVER_SECONDS = 86400.0

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from utils.data.cache.encoding import RankEncoding
 from utils.data.cache.keys import Input, input_key, inputs_of, keys_of
+from utils.data.cache.shards import ShardFolder, ShardWriter, tensor_name
 from utils.data.cache.sharing import Broken, Plan, Team, divided
 from utils.data.encoders import ConditionEncoder
 from utils.data.masks import has_mask
 from utils.data.progress import ProgressLog
-from utils.data.shards import ShardFolder, ShardWriter, tensor_name
 from utils.data.values import Sample
 from utils.errors import UserError, listed
 from utils.topology import Topology

@@ -12,11 +12,11 @@ from utils import words
 from utils.data.cache.keys import Input
 from utils.data.cache.memory import Fitting
 from utils.data.cache.reading import DECODED_BYTES_AHEAD, ItemReader, Work
+from utils.data.cache.shards import ABOUT, ShardWriter, write_atomically
 from utils.data.cache.sharing import Broken, Piece, Team, cost_of, shape_of
 from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.data.media import MediaError
+from utils.data.media.pixels import MediaError
 from utils.data.progress import ProgressLog
-from utils.data.shards import ABOUT, ShardWriter, write_atomically
 
 log = logging.getLogger(__name__)
 

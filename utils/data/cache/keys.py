@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from utils.data.captions.variants import texts_of, with_caption
 from utils.data.encoders import ConditionEncoder
 from utils.data.masks import has_mask
-from utils.data.media import PIXELS_VERSION, covering
+from utils.data.media.pixels import PIXELS_VERSION, covering
 from utils.data.values import AS_IT_IS, CENTRE, Bucket, Control, Sample
-from utils.data.variants import texts_of, with_caption
 
 
 class Input(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from utils.data.cache.keys import Input, known_frames, num_pixels
 from utils.data.encoders import ConditionEncoder, EncodeItem
-from utils.data.files import DataFile, content_of
-from utils.data.media import MediaError, load_alpha_mask, load_mask, load_pixels
+from utils.data.media.files import DataFile, content_of
+from utils.data.media.pixels import MediaError, load_alpha_mask, load_mask, load_pixels
 from utils.data.values import Control, Sample
 
 DECODE_THREADS = 4

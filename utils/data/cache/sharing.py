@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.data.cache.keys import Input, num_pixels
 from utils.data.encoders import ConditionEncoder
-from utils.data.files import DataFile
+from utils.data.media.files import DataFile
 from utils.topology import Topology
 
 MOST_ITEMS = 32

@@ -1,0 +1,1 @@
+"""The texts that training shows: read, varied, chosen."""
