@@ -25,6 +25,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def count(number: int, what: str, several: str = "") -> str:
+    """A number of things; ``several``: their name in the plural, where it does not end in s."""
+    return f"{number} {what if number == 1 else several or what + 's'}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with the columns below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

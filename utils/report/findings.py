@@ -121,7 +121,7 @@ class DataFindings:
         for part in counts.buckets:
             epoch.setdefault(part.bucket, []).append(part)
         buckets = [replace(part, epoch=epoch[part.bucket]) for part in self.buckets]
-        return replace(self, buckets=buckets, notes=[*counts.lines(), *order.warnings(), told])
+        return replace(self, buckets=buckets, notes=[*counts.summary(), *order.warnings(), told])
 
     def without_paths(self, text: str, directory: DirectoryReport) -> str:
         """A text on a file of a directory, which may hold paths: files of the directory are called by their names in it."""

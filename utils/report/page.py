@@ -19,6 +19,7 @@ from utils.report.findings import BucketFindings, Cut, DataFindings
 from utils.report.pictures import Decode, Eyes, Shown, decoded_of, evenly
 from utils.report.tables import Summary, number, percent, summary
 from utils.stopping import Stopped
+from utils.words import count
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def _told(part: BucketFindings, shown: int) -> str:
     many = len(part.samples)
     words = [f"{part.tokens} tokens"]
     if part.epoch:
-        words.append(f"{part.batches} batches of {part.batch_size} in an epoch")
+        words.append(f"{count(part.batches, 'batch', 'batches')} of {part.batch_size} in an epoch")
     return ", ".join([*words, f"{shown} of {many} sample{'' if many == 1 else 's'} shown"])
 
 

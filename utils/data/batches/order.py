@@ -18,6 +18,7 @@ from utils.data.batches.sizes import BatchSizes
 from utils.data.batches.turns import Turns
 from utils.data.values import Bucket, Sample
 from utils.draw import generator
+from utils.words import count
 
 Alike = tuple[Bucket, int]
 """What samples of one micro-batch have in common: the bucket, and the number of control pictures."""
@@ -72,10 +73,8 @@ class BucketCounts:
         controls = f" with {self.num_controls} control pictures" if self.num_controls else ""
         tokens = f" of {self.tokens} tokens" if self.tokens is not None else ""
         filled_up = f", {self.filled_up} of them once more" if self.filled_up else ""
-        return (
-            f"{self.bucket}{controls}: {self.samples} samples{tokens}, shown {self.shown} times in {self.micro_batches} "
-            f"micro-batches of {self.batch_size}{filled_up}"
-        )
+        shown = f"shown {count(self.shown, 'time')} in {count(self.micro_batches, 'micro-batch', 'micro-batches')}"
+        return f"{self.bucket}{controls}: {count(self.samples, 'sample')}{tokens}, {shown} of {self.batch_size}{filled_up}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,12 @@ class EpochCounts:
         return -(-sum(bucket.micro_batches for bucket in self.buckets) // self.micro_batches_per_step)
 
     def lines(self) -> list[str]:
-        """For the log and ``--check``: the whole, and each bucket."""
+        """For the log: the whole, and each bucket."""
+        whole, *filled_up = self.summary()
+        return [whole, *(f"  {bucket}" for bucket in self.buckets), *(f"  {line}" for line in filled_up)]
+
+    def summary(self) -> list[str]:
+        """The whole, and what completes it."""
         sizes = {bucket.batch_size for bucket in self.buckets}
         per_step = f"{self.micro_batches_per_step * min(sizes)}"
         if len(sizes) > 1:
@@ -113,12 +117,11 @@ class EpochCounts:
         which = "an epoch" if always else f"epoch {self.epoch + 1}"
         mean = "" if always else f"; {float(self.mean_shown):g} samples an epoch on average"
         different = sum(bucket.samples for bucket in self.buckets)
-        lines = [f"{which}: {self.shown} samples ({different} different) in {self.steps} steps of {per_step}{mean}"]
-        lines += [f"  {bucket}" for bucket in self.buckets]
-        if self.filled_up:
-            lines.append(f"  {self.filled_up} samples are shown once more, to fill the last micro-batch of a bucket")
-        if self.filled_up_step:
-            lines.append(f"  {self.filled_up_step} samples are shown once more, to fill the last step of the epoch")
+        steps = f"{count(self.steps, 'step')} of {per_step}"
+        lines = [f"{which}: {count(self.shown, 'sample')} ({different} different) in {steps}{mean}"]
+        for number, what in ((self.filled_up, "micro-batch of a bucket"), (self.filled_up_step, "step of the epoch")):
+            if number:
+                lines.append(f"{count(number, 'sample is', 'samples are')} shown once more, to fill the last {what}")
         return lines
 
 

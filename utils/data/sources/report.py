@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.data.values import Bucket
+from utils.words import count
 
 MAX_LISTED = 40
 """Files of one line or message; the rest is counted, and all of them are in the report's fields."""
@@ -139,10 +140,6 @@ class ScanReport:
             groups = [" = ".join(group) for group in self.duplicates]
             found.append(f"there more than once: {count(number, 'file')} of the same content as others: {_some(groups, '; ')}")
         return found
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _some(names: Iterable[str], between: str = ", ") -> str:

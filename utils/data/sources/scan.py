@@ -15,9 +15,10 @@ from utils.data.sources.buckets import problems, settings_for
 from utils.data.sources.directories import Directory
 from utils.data.sources.looks import FileMemory, look_at_all, remembered
 from utils.data.sources.repeats import factors
-from utils.data.sources.report import MAX_LISTED, DirectoryReport, ScanReport, count
+from utils.data.sources.report import MAX_LISTED, DirectoryReport, ScanReport
 from utils.data.values import ANY_CONTROLS, ControlRules, Sample, SizeRules
 from utils.errors import UserError, listed
+from utils.words import count
 
 log = logging.getLogger(__name__)
 

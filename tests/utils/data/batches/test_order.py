@@ -233,7 +233,7 @@ def test_the_report_says_what_is_repeated():
         "  8 samples are shown once more, to fill the last step of the epoch",
     ]
     assert EpochOrder(samples, 1, 0).report(13) == [
-        "an epoch: 13 samples (10 different) in 1 steps of 13",
+        "an epoch: 13 samples (10 different) in 1 step of 13",
         "  64x64x1: 5 samples, shown 5 times in 5 micro-batches of 1",
         "  64x64x9: 5 samples, shown 8 times in 8 micro-batches of 1",
     ]
