@@ -26,7 +26,6 @@ from models.check import PageRequest, check
 from utils.adapters.manager import trainable_parameters
 from utils.checkpoints.manager import CheckpointManager, Progress
 from utils.checkpoints.retention import Retention
-from utils.checkpoints.run_exports import RunExporter
 from utils.config.dump import dump_config
 from utils.config.load import LoadedConfig, load_config
 from utils.config.schema import RunConfig, seconds_in
@@ -38,6 +37,7 @@ from utils.data.sources.scan import Scan, scan
 from utils.data.values import Sample
 from utils.errors import UserError, listed
 from utils.evaluation import EvalData
+from utils.formats.run_exports import RunExporter
 from utils.metrics import MetricLog, setup_logging
 from utils.optim.kinds import averages
 from utils.optim.optimizers import RunOptimizer

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from models import load_family
 from models.base import ModelFamily
 from utils.adapters.manager import AdapterManager, MergedWeights, adaptable_modules, trainable_parameters
-from utils.checkpoints.adapter_files import AdapterFile, open_adapter_file, read_adapter
-from utils.checkpoints.adapter_format import UP
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
-from utils.checkpoints.run_exports import Under, WeightsOfFiles, WriteExport
-from utils.checkpoints.weights import NamedWeights, check_names
 from utils.config.schema import RunConfig
 from utils.data.batches.order import EpochOrder
 from utils.data.batches.sizes import BatchSizes
 from utils.data.sources.scan import Scan
 from utils.data.values import Sample
 from utils.errors import UserError, listed
+from utils.formats.adapter_files import AdapterFile, open_adapter_file, read_adapter
+from utils.formats.adapter_format import UP
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter, export_full
+from utils.formats.run_exports import Under, WeightsOfFiles, WriteExport
 from utils.optim.rates import LearningRates
 from utils.pipeline.layer import PipelineLayer
 from utils.pipeline.partition import divide
 from utils.runtime import DTYPES
+from utils.weights.named import NamedWeights, check_names
 
 log = logging.getLogger(__name__)
 

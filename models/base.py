@@ -8,18 +8,18 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from utils.checkpoints.adapter_files import AdapterFile
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.weights import NamedWeights
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import NO_CONTROLS, Batch, ControlRules, MicroBatch, SizeRules
 from utils.diffusion.losses import LOSSES, averaged
 from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw
+from utils.formats.adapter_files import AdapterFile
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.recognise import FileFacts
 from utils.pipeline.layer import PipelineLayer, Stream
+from utils.weights.keymap import KeyMap
+from utils.weights.named import NamedWeights
 
 Layout = Literal["diffusers", "released", "comfy"]
 

@@ -23,8 +23,8 @@ OWNERS = {
 LEVELS = [
     {"errors", "draw", "diffusion", "stopping", "words"},
     {"config"},
-    {"runtime", "topology"},
-    {"adapters", "checkpoints", "control", "data", "metrics", "optim", "pipeline"},
+    {"runtime", "topology", "weights"},
+    {"adapters", "checkpoints", "formats", "control", "data", "metrics", "optim", "pipeline"},
     {"report", "watchdog"},
     {"bad_steps", "convert", "evaluation", "requests", "resume", "run", "saving", "schedule", "trained", "trainer"},
 ]

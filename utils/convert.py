@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from utils.checkpoints.adapter_convert import LayoutName, converted
-from utils.checkpoints.adapter_files import ReadWeight, open_adapter_file, read_adapters, refuse
-from utils.checkpoints.adapter_writing import file_tensors
-from utils.checkpoints.export import PLACE_FOR_HASH, on_meta, write_checked
-from utils.checkpoints.inspect_files import adapter_lines, has_adapters, model_lines
-from utils.checkpoints.model_convert import entries_of, leftover, open_model_files, to_comfy, to_diffusers
-from utils.checkpoints.peft_config import PEFT_CONFIG, PEFT_FILE, peft_config
-from utils.checkpoints.recognise import KnownFamily, recognise_adapter, recognise_model, the_one
-from utils.checkpoints.tensor_files import TensorFile
 from utils.errors import UserError
+from utils.formats.adapter_convert import LayoutName, converted
+from utils.formats.adapter_files import ReadWeight, open_adapter_file, read_adapters, refuse
+from utils.formats.adapter_writing import file_tensors
+from utils.formats.export import PLACE_FOR_HASH, on_meta, write_checked
+from utils.formats.inspect_files import adapter_lines, has_adapters, model_lines
+from utils.formats.model_convert import entries_of, leftover, open_model_files, to_comfy, to_diffusers
+from utils.formats.peft_config import PEFT_CONFIG, PEFT_FILE, peft_config
+from utils.formats.recognise import KnownFamily, recognise_adapter, recognise_model, the_one
+from utils.weights.tensor_files import TensorFile
 
 
 def known_families(package: str, only: str | None = None) -> list[KnownFamily]:

@@ -15,13 +15,13 @@ from pydantic_core import PydanticUndefined
 from torch import Tensor
 
 from utils.checkpoints.checkpoint import Checkpoint, Progress, differences, kind_of
-from utils.checkpoints.tensor_files import SafetensorsFile, TensorInfo
 from utils.config.describe import table_of
 from utils.config.schema import AdapterConfig, RunConfig
 from utils.data.batches.order import EpochOrder
 from utils.data.batches.sizes import BatchSizes
 from utils.errors import UserError, listed
 from utils.schedule import GlobalBatch, Schedule
+from utils.weights.tensor_files import SafetensorsFile, TensorInfo
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from utils.checkpoints.checkpoint import Progress, checkpoint_name
 from utils.checkpoints.manager import CheckpointManager, Saved
-from utils.checkpoints.run_exports import RunExporter
 from utils.errors import listed
+from utils.formats.run_exports import RunExporter
 from utils.metrics import MetricLog
 from utils.requests import Requests
 from utils.stopping import Wishes

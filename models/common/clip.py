@@ -15,9 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from models.common.latent_encoders import FrozenEncoder
 from models.common.networks import Config, Names, Network, OpenedNetwork
 from models.common.text_encoders import Tokenize, TokenizerFile
-from utils.checkpoints.keymap import KeyMap, Rename, Rule
 from utils.data.encoders import EncodeItem, TokenLength
 from utils.errors import UserError
+from utils.weights.keymap import KeyMap, Rename, Rule
 
 TOKENS = 77
 """Length of CLIP's text, the start and the end token among them; the model has no more positions."""

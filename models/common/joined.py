@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_files import AdapterFile
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import NamedWeights
+from utils.formats.adapter_files import AdapterFile
+from utils.weights.named import NamedWeights
+from utils.weights.tensor_files import TensorInfo
 
 
 class JoinedWeights:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from models.common.networks import Config, Names
-from utils.checkpoints.keymap import KeyMap, Rename, Rule, Transform
 from utils.errors import UserError
+from utils.weights.keymap import KeyMap, Rename, Rule, Transform
 
 CODER = {
     "conv_in.{p}": "conv_in.{p}",

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints.weights import WeightSource, materialise
 from utils.data.encoders import ConditionEncoder
+from utils.weights.named import WeightSource, materialise
 
 MOST_TILE = 512
 """Pixels along each side of a tile of a VAE for pictures; those of the VAEs for clips have 256."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.checkpoints.keymap import KeyMap, Layout
-from utils.checkpoints.tensor_files import OPENERS, TensorInfo, open_tensor_file
-from utils.checkpoints.weights import WeightSource, check_names
 from utils.errors import UserError, listed
+from utils.weights.keymap import KeyMap, Layout
+from utils.weights.named import WeightSource, check_names
+from utils.weights.tensor_files import OPENERS, TensorInfo, open_tensor_file
 
 Names = Mapping[str, TensorInfo]
 Config = dict[str, Any]

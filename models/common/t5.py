@@ -14,8 +14,8 @@ from transformers import T5Config, T5EncoderModel
 from models.common.latent_encoders import FrozenEncoder
 from models.common.networks import Config, Names, Network, OpenedNetwork
 from models.common.text_encoders import SPIECE_TENSOR, Tokenize, TokenizerFile
-from utils.checkpoints.keymap import KeyMap, Rename
 from utils.data.encoders import EncodeItem, TokenLength
+from utils.weights.keymap import KeyMap, Rename
 
 TIED = "encoder.embed_tokens.weight"
 """Another name of ``shared.weight``; files hold it or not."""

@@ -13,9 +13,9 @@ import ftfy
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, Qwen2Tokenizer
 
-from utils.checkpoints.tensor_files import open_tensor_file
 from utils.data.encoders import TokenLength
 from utils.errors import UserError
+from utils.weights.tensor_files import open_tensor_file
 
 SPIECE_TENSOR = "spiece_model"
 """Name under which ComfyUI's text encoder files carry their sentencepiece model, as bytes."""

@@ -12,8 +12,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from utils.checkpoints.weights import save_safetensors
 from utils.draw import generator
+from utils.weights.named import save_safetensors
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")

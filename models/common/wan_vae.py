@@ -4,7 +4,7 @@ The release's names were read in Wan2.1's ``wan/modules/vae.py``; ComfyUI's file
 ``qwen_image_vae.safetensors``) have them too.  The other names are diffusers' (``AutoencoderKLWan``, ``AutoencoderKLQwenImage``).
 """
 
-from utils.checkpoints.keymap import KeyMap, Rename, Rule
+from utils.weights.keymap import KeyMap, Rename, Rule
 
 VAE = {
     "quant_conv.{p}": "conv1.{p}",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Rule, Transform
+from utils.weights.keymap import Fuse, KeyMap, Rename, Rule, Transform
 
 EMBEDDERS = {
     "x_embedder.{p}": "img_in.{p}",

@@ -9,8 +9,8 @@ from models.common.kl_vae import kl_vae_key_map, kl_vae_sizes, refuse_other_scal
 from models.common.networks import Config, Names, Network
 from models.common.t5 import t5_network
 from models.flux.keys import flux_key_map
-from utils.checkpoints.recognise import FileFacts
 from utils.errors import UserError, listed
+from utils.formats.recognise import FileFacts
 
 LATENT_CHANNELS = 16
 OTHERS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}

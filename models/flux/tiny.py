@@ -24,7 +24,7 @@ from models.common.text_encoders import CLIP_NAMES, find_tokenizer
 from models.common.tiny import Part, prefixed, write_clip_tokenizer, write_json, write_t5_tokenizer
 from models.flux.keys import flux_key_map
 from models.flux.networks import LATENT_CHANNELS, VAE_SCALE, transformer_axes
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.named import save_safetensors
 
 PIPELINES = {"flux1-dev": "FluxPipeline", "flux1-schnell": "FluxPipeline", "flux1-kontext": "FluxKontextPipeline"}
 VARIANTS = tuple(PIPELINES)

@@ -1,7 +1,7 @@
 """Names of FLUX.2's frozen networks in files: the VAE, and the language model that reads the captions."""
 
 from models.common.kl_vae import kl_vae_key_map
-from utils.checkpoints.keymap import KeyMap, Rename
+from utils.weights.keymap import KeyMap, Rename
 
 STATISTICS = ("bn.running_mean", "bn.running_var")
 BATCH_COUNT = "bn.num_batches_tracked"

@@ -9,9 +9,9 @@ from models.common.networks import Config, Network
 from models.flux2.encoder_keys import BATCH_COUNT, decoder_key_map, vae_key_map
 from models.flux2.keys import flux2_key_map
 from models.flux2.sizes import HIDDEN_STATES, decoder_kind, text_encoder_config, text_width, transformer_config, vae_config
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import WeightSource
+from utils.formats.recognise import FileFacts
+from utils.weights.named import WeightSource
+from utils.weights.tensor_files import TensorInfo
 
 DECODERS = {"mistral": (MistralModel, MistralConfig), "qwen3": (Qwen3Model, Qwen3Config)}
 LATENTS_PER_TOKEN = 4

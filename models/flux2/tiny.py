@@ -20,7 +20,7 @@ from models.base import Layout
 from models.common.tiny import Part, State, write_json
 from models.flux2.encoder_keys import BATCH_COUNT, vae_key_map
 from models.flux2.keys import flux2_key_map
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.named import save_safetensors
 
 HEADS, HEAD_DIM, DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 16, 3, 3
 VOCABULARY = 320

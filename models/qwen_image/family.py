@@ -14,10 +14,6 @@ from models.common.tokens import SIDE, pack
 from models.qwen_image import encoders, files, keys, tiny
 from models.qwen_image.layers import qwen_layers
 from models.qwen_image.networks import FILE_FACTS
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.weights import WeightSource
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, ControlRules, MicroBatch, SizeRules
@@ -25,8 +21,12 @@ from utils.diffusion.paths import flow_path
 from utils.diffusion.timesteps import resolution_shift
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.recognise import FileFacts
 from utils.pipeline.layer import PipelineLayer
 from utils.runtime import DTYPES
+from utils.weights.keymap import KeyMap
+from utils.weights.named import WeightSource
 
 SHIFT_POINTS = {"low": (256, 0.5), "high": (8192, 0.9)}
 """(tokens, mu) of the release's scheduler: the shift is exp(mu)."""

@@ -18,9 +18,9 @@ from models.common.networks import OpenedNetwork
 from models.common.text_encoders import QWEN_NAMES, TokenizerFile
 from models.qwen_image.keys import EDIT_2511_MARK
 from models.qwen_image.networks import NETWORKS
-from utils.checkpoints.tensor_files import open_tensor_file
 from utils.config.schema import ModelOptions
 from utils.errors import UserError
+from utils.weights.tensor_files import open_tensor_file
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ The transformer is released under diffusers' names; ComfyUI's files have the sam
 encoder have the names of transformers before 4.52, as the release and ComfyUI's ``qwen_2.5_vl_7b.safetensors``, or today's.
 """
 
-from utils.checkpoints.keymap import KeyMap, Rename, Rule
+from utils.weights.keymap import KeyMap, Rename, Rule
 
 EDIT_2511_MARK = "__index_timestep_zero__"
 """An empty tensor by which ComfyUI knows Edit-2511; diffusers says it in the config (``zero_cond_t``)."""

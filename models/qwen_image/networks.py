@@ -13,7 +13,7 @@ from models.common.networks import Config, Network
 from models.common.wan_vae import vae_key_map
 from models.qwen_image.keys import EDIT_2511_MARK, qwen_key_map, text_key_map
 from models.qwen_image.sizes import text_encoder_config, transformer_config, vae_config
-from utils.checkpoints.recognise import FileFacts
+from utils.formats.recognise import FileFacts
 
 
 def build_text_encoder(config: Config) -> nn.ModuleDict:

@@ -27,7 +27,7 @@ from models.qwen_image.files import EDIT, EDIT_2511, EDIT_PLUS, IMAGE, PIPELINES
 from models.qwen_image.keys import EDIT_2511_MARK, qwen_key_map, text_key_map
 from models.qwen_image.networks import build_text_encoder
 from models.qwen_image.sizes import TEXT_CONSTANTS, TEXT_HEAD_DIM, VISION_CONSTANTS, VISION_HEAD_DIM
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.named import save_safetensors
 
 HEADS, HEAD_DIM, ROPE_AXES, BLOCKS = 2, 16, (4, 6, 6), 4
 TEXT_HEADS, TEXT_KEY_HEADS, VISION_HEADS = 2, 1, 1

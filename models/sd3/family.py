@@ -14,17 +14,17 @@ from models.sd3.layers import sd3_layers
 from models.sd3.networks import FILE_FACTS
 from models.sd3.options import Sd3Options
 from models.sd3.sizes import variant_of
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.weights import WeightSource
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
 from utils.diffusion.paths import flow_path
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.recognise import FileFacts
 from utils.pipeline.layer import PipelineLayer
 from utils.runtime import DTYPES
+from utils.weights.keymap import KeyMap
+from utils.weights.named import WeightSource
 
 MODEL_TIMESTEPS = 1000
 SHIFT = 3.0

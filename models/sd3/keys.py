@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Rule, Transform
+from utils.weights.keymap import Fuse, KeyMap, Rename, Rule, Transform
 
 OURS, THEIRS = "transformer_blocks.{i}.", "joint_blocks.{i}."
 

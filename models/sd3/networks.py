@@ -12,9 +12,9 @@ from models.common.networks import Network
 from models.common.t5 import t5_network
 from models.sd3.keys import sd3_key_map
 from models.sd3.sizes import LATENT_SCALE, block_numbers, transformer_config, vae_config
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts, Shapes
-from utils.checkpoints.weights import WeightSource
+from utils.formats.recognise import FileFacts, Shapes
+from utils.weights.keymap import KeyMap
+from utils.weights.named import WeightSource
 
 
 class Sd3Weights(WeightSource):

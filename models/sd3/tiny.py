@@ -24,7 +24,7 @@ from models.common.text_encoders import CLIP_NAMES, find_tokenizer
 from models.common.tiny import CLIP_ENDS, Part, State, prefixed, write_clip_tokenizer, write_json, write_t5_tokenizer
 from models.sd3.keys import sd3_key_map
 from models.sd3.sizes import LATENT_SCALE
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.named import save_safetensors
 
 VARIANTS = ("sd3-medium", "sd35-large", "sd35-medium")
 STEMS = {"sd3-medium": "sd3_medium", "sd35-large": "sd3.5_large", "sd35-medium": "sd3.5_medium"}

@@ -11,9 +11,9 @@ from torch import Tensor
 from models.sdxl.files import SdxlFiles, read_training
 from models.sdxl.keys import MARKERS, model_key_map
 from models.sdxl.networks import NETWORKS, PREFIXES
-from utils.checkpoints.export import ReleasedTensors
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.weights import WeightSource
+from utils.formats.export import ReleasedTensors
+from utils.formats.recognise import FileFacts
+from utils.weights.named import WeightSource
 
 
 class WeightsOnDisk(Mapping[str, Tensor]):

@@ -15,11 +15,6 @@ from models.sdxl import encoders, files, keys, text_encoders, tiny
 from models.sdxl.checkpoint import FILE_FACTS, companions
 from models.sdxl.layers import sdxl_layers
 from models.sdxl.options import Prediction, SdxlOptions
-from utils.checkpoints.adapter_files import AdapterFile
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.weights import NamedWeights
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
@@ -27,8 +22,13 @@ from utils.diffusion.losses import debiased_weight, min_snr_weight
 from utils.diffusion.schedules import DiscreteSchedule
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_files import AdapterFile
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.recognise import FileFacts
 from utils.pipeline.layer import PipelineLayer
 from utils.runtime import DTYPES
+from utils.weights.keymap import KeyMap
+from utils.weights.named import NamedWeights
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from models.sdxl.keys import EDM_MARKERS, MARKERS
 from models.sdxl.networks import NETWORKS
 from models.sdxl.options import Prediction, SdxlOptions
 from models.sdxl.sizes import pooled_width
-from utils.checkpoints.tensor_files import open_tensor_file
+from utils.weights.tensor_files import open_tensor_file
 
 log = logging.getLogger(__name__)
 

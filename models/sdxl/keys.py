@@ -5,7 +5,7 @@ The release's names are those of ``sgm/modules/diffusionmodules/openaimodel.py``
 """
 
 from models.common.clip import TEXT_MODEL, UNUSED
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Rule, Transform
+from utils.weights.keymap import Fuse, KeyMap, Rename, Rule, Transform
 
 LEVELS = 3
 BLOCKS_DOWN, BLOCKS_UP = 2, 3

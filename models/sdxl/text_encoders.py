@@ -26,10 +26,10 @@ from models.common.networks import OpenedNetwork
 from models.sdxl.files import SdxlFiles
 from models.sdxl.options import SdxlOptions
 from models.sdxl.tokens import Pad
-from utils.checkpoints.adapter_files import AdapterFile
-from utils.checkpoints.weights import NamedWeights
 from utils.errors import UserError
+from utils.formats.adapter_files import AdapterFile
 from utils.pipeline.layer import PipelineLayer, Stream
+from utils.weights.named import NamedWeights
 
 
 @dataclass(frozen=True)

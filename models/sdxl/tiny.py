@@ -20,7 +20,7 @@ from models.common.text_encoders import CLIP_NAMES, find_tokenizer
 from models.common.tiny import CLIP_ENDS, Part, State, prefixed, write_clip_tokenizer, write_json
 from models.sdxl.networks import LATENT_CHANNELS, NETWORKS, PREFIXES
 from models.sdxl.sizes import NUM_SIZES, VAE_SCALE
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.named import save_safetensors
 
 VARIANTS = ("sdxl",)
 CHANNELS, HEADS, DEPTHS = (8, 16, 32), (1, 2, 4), (1, 1, 2)

@@ -5,7 +5,7 @@ ComfyUI's files of the text and image encoders have transformers' names already,
 """
 
 from models.common.wan_vae import PREFIXES, VAE_RESAMPLER, VAE_RESNET, VAE_RESNETS_UP, coder_rules, vae_key_map
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Rule, Transform
+from utils.weights.keymap import Fuse, KeyMap, Rename, Rule, Transform
 
 __all__ = ["clip_key_map", "t5_key_map", "vae_22_key_map", "vae_key_map"]
 

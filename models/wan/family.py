@@ -17,10 +17,6 @@ from models.wan.layers import wan_layers
 from models.wan.networks import FILE_FACTS
 from models.wan.options import DEFAULT_SHIFT, WanOptions
 from models.wan.variants import VARIANTS, Expert, expert_in, expert_named, trained_timesteps
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.weights import NamedWeights, WeightSource
 from utils.config.schema import ModelOptions
 from utils.data.encoders import ConditionEncoder
 from utils.data.values import Batch, MicroBatch, SizeRules
@@ -28,8 +24,12 @@ from utils.diffusion.paths import flow_path
 from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.recognise import FileFacts
 from utils.pipeline.layer import PipelineLayer
 from utils.runtime import DTYPES
+from utils.weights.keymap import KeyMap
+from utils.weights.named import NamedWeights, WeightSource
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Wan's names: diffusers' WanTransformer3DModel and the release's WanModel (t2v, i2v, flf2v, the 2.2 models)."""
 
-from utils.checkpoints.keymap import KeyMap, Rename, Rule
+from utils.weights.keymap import KeyMap, Rename, Rule
 
 ATTENTION = {
     "to_q.{p}": "q.{p}",

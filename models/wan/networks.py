@@ -12,11 +12,11 @@ from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_22_key_map, va
 from models.wan.keys import wan_key_map
 from models.wan.sizes import clip_config, t5_config, transformer_config, vae_config
 from models.wan.variants import variant_of
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.recognise import FileFacts
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
+from utils.formats.recognise import FileFacts
+from utils.weights.keymap import KeyMap
+from utils.weights.named import WeightSource
+from utils.weights.tensor_files import TensorInfo
 
 
 def _build_clip(config: Config) -> CLIPVisionModel:

@@ -25,8 +25,8 @@ from models.wan.keys import wan_key_map
 from models.wan.networks import TIED
 from models.wan.sizes import CLIP_HEAD_DIM, VAE_22_LATENTS
 from models.wan.variants import VARIANTS, Expert, Variant
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.keymap import KeyMap
+from utils.weights.named import save_safetensors
 
 HEADS, HEAD_DIM, BLOCKS = 2, 12, 4
 TEXT_WIDTH, CLIP_WIDTH = 32, 2 * CLIP_HEAD_DIM

@@ -10,7 +10,7 @@ from models import family_names, load_family
 from tests.distributed.cases import Case, Cases, Result, selected
 from tests.distributed.engine_worker import GLOBAL_BATCH, open_case, perturbed, prepared
 from utils.adapters.manager import trainable_parameters
-from utils.checkpoints.weights import canonical_name
+from utils.weights.named import canonical_name
 
 SGD = {"type": "sgd", "lr": 0.5}
 ADAMW = {"type": "adamw", "lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.01}

@@ -15,16 +15,16 @@ from models.base import ModelFamily
 from tests.distributed.engine_worker import perturbed
 from tests.models.comfy_adapters import patched
 from utils.adapters.manager import AdapterManager, adaptable_modules, trainable_parameters
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter
-from utils.checkpoints.weights import canonical_name
 from utils.config.schema import AdapterConfig
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_files import read_adapter
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter
 from utils.pipeline.layer import Stream
 from utils.pipeline.stage_weights import fill_stage
+from utils.weights.named import canonical_name
 
 FACTS = TrainingFacts(step=1, epoch=1, samples=1, learning_rate=1e-3, seed=0)
 RANK, ALPHA = 4, 10.0

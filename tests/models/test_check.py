@@ -110,7 +110,7 @@ def test_the_tables_of_a_check(assets, pictures, tmp_path, caplog):
 
 
 def test_no_gpu_and_no_weights_are_needed(pictures, wan, tmp_path, caplog, monkeypatch):
-    from utils.checkpoints import tensor_files
+    from utils.weights import tensor_files
 
     def refused(*arguments, **settings):
         raise AssertionError("weights are read")

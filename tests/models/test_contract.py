@@ -7,12 +7,12 @@ import torch
 
 from models import family_names, load_family
 from utils.adapters.manager import AdapterManager
-from utils.checkpoints.run_exports import Under
-from utils.checkpoints.weights import check_names
 from utils.config.schema import AdapterConfig
 from utils.errors import UserError
+from utils.formats.run_exports import Under
 from utils.optim.rates import LearningRates
 from utils.pipeline.stage_weights import names_of
+from utils.weights.named import check_names
 
 VARIANTS = [(name, variant) for name in family_names() for variant in load_family(name).variants]
 

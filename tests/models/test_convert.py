@@ -30,11 +30,11 @@ from tests.models.sdxl.test_keys import REAL_UNET
 from tests.models.test_adapters import RANK, Opened, in_diffusers
 from utils.adapters.deltas import adapted
 from utils.adapters.manager import adaptable_modules
-from utils.checkpoints.adapter_convert import LayoutName, layout_format
-from utils.checkpoints.adapter_files import place_of, read_adapter
-from utils.checkpoints.adapter_layouts import by_module
 from utils.convert import known_families, main
 from utils.draw import generator
+from utils.formats.adapter_convert import LayoutName, layout_format
+from utils.formats.adapter_files import place_of, read_adapter
+from utils.formats.adapter_layouts import by_module
 
 KINDS = ("lora", "dora", "loha", "lokr")
 DIFFUSERS_READS = {"flux2": ("lora", "dora", "lokr")}

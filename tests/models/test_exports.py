@@ -8,14 +8,14 @@ import torch
 from models import family_names, load_family
 from tests.distributed.engine_worker import perturbed
 from utils.adapters.manager import AdapterManager, adaptable_modules, trainable_parameters
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
-from utils.checkpoints.weights import WeightSource
 from utils.config.schema import AdapterConfig
 from utils.draw import Draw
+from utils.formats.adapter_files import read_adapter
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter, export_full
 from utils.pipeline.layer import Stream
 from utils.pipeline.stage_weights import fill_stage
+from utils.weights.named import WeightSource
 
 VARIANTS = [(name, variant) for name in family_names() for variant in load_family(name).variants]
 FACTS = TrainingFacts(step=1, epoch=1, samples=1, learning_rate=1e-3, seed=0)

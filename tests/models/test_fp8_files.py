@@ -8,8 +8,8 @@ import torch
 from models import family_names, load_family
 from models.common.latent_encoders import FrozenEncoder
 from tests.models.fp8 import FORMS, rewrite
-from utils.checkpoints.weights import check_names
 from utils.data.encoders import EncodeItem
+from utils.weights.named import check_names
 
 # One form for each family; every form of every variant is a longer proof.
 CASES = [

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 
 from models.wan.keys import wan_key_map
 from tests.distributed.harness import run_world
-from utils.checkpoints.weights import save_safetensors
+from utils.weights.named import save_safetensors
 
 ATTEMPTS = 3
 

@@ -20,7 +20,6 @@ from utils.adapters.manager import AdapterManager, trainable_parameters
 from utils.checkpoints.checkpoint import Progress
 from utils.checkpoints.manager import CheckpointManager
 from utils.checkpoints.retention import Retention
-from utils.checkpoints.weights import WeightSource, materialise
 from utils.config.schema import AdapterConfig, OptimizerConfig
 from utils.data.values import MicroBatch
 from utils.diffusion.losses import averaged
@@ -31,6 +30,7 @@ from utils.pipeline.partition import divide
 from utils.pipeline.stage_weights import fill_stage, names_of
 from utils.runtime import RuntimePolicy
 from utils.topology import Topology
+from utils.weights.named import WeightSource, materialise
 
 TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 ADAPTER = AdapterConfig(rank=16)

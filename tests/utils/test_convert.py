@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import family_names
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.recognise import recognise_adapter
-from utils.checkpoints.tensor_files import TensorInfo
 from utils.convert import known_families, main
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.recognise import recognise_adapter
+from utils.weights.tensor_files import TensorInfo
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_format import DOWN, MAGNITUDE, UP, Parts
+from utils.formats.adapter_format import DOWN, MAGNITUDE, UP, Parts
 
 
 def delta(kind: str, parts: Parts, shape: tuple[int, ...]) -> Tensor:

@@ -14,16 +14,16 @@ from utils.adapters.deltas import adapted, row_norms
 from utils.adapters.dora import measure_rows_exactly
 from utils.adapters.kinds import KINDS, Size
 from utils.adapters.targets import select, size_of
-from utils.checkpoints.adapter_files import AdapterFile
-from utils.checkpoints.adapter_format import MAGNITUDE, LoraFormat
-from utils.checkpoints.adapter_layouts import module_of, unwritable
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import NamedWeights, canonical_name
 from utils.config.schema import AdapterConfig
 from utils.draw import generator
 from utils.errors import UserError
+from utils.formats.adapter_files import AdapterFile
+from utils.formats.adapter_format import MAGNITUDE, LoraFormat
+from utils.formats.adapter_layouts import module_of, unwritable
 from utils.runtime import DTYPES
+from utils.weights.keymap import KeyMap
+from utils.weights.named import NamedWeights, canonical_name
+from utils.weights.tensor_files import TensorInfo
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Weights on the disk: names, reading, checkpoints that resume a run, exports for other programs."""
+"""What a run needs to continue: written behind training, whole or not at all, found and kept."""

@@ -22,9 +22,9 @@ from utils import words
 from utils.checkpoints.checkpoint import Checkpoint, differences, kind_of
 from utils.checkpoints.manager import CheckpointManager
 from utils.checkpoints.retention import Retention
-from utils.checkpoints.tensor_files import SafetensorsFile
 from utils.errors import UserError, listed
 from utils.topology import Topology
+from utils.weights.tensor_files import SafetensorsFile
 
 # Younger leftovers may be what a run that is going on writes just now.
 LEFTOVER_SECONDS = 3600

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.checkpoints.weights import bytes_of, safetensors_header
+from utils.weights.named import bytes_of, safetensors_header
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from utils.checkpoints.weights import canonical_name
 from utils.config.describe import did_you_mean
 from utils.config.schema import OptimizerConfig
 from utils.errors import UserError, listed
+from utils.weights.named import canonical_name
 
 
 @dataclass(frozen=True)

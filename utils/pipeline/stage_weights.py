@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints.weights import NamedWeights, canonical_name, materialise
 from utils.pipeline.layer import PipelineLayer
+from utils.weights.named import NamedWeights, canonical_name, materialise
 
 
 def names_of(layers: Sequence[PipelineLayer], transformer: nn.Module) -> list[str]:

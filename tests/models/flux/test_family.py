@@ -11,7 +11,6 @@ from PIL import Image
 from models import load_family
 from models.flux.keys import flux_key_map
 from tests.models.flux import reference
-from utils.checkpoints.export import TrainingFacts, export_full
 from utils.data.encoders import EncodeItem
 from utils.data.media.files import DataFile
 from utils.data.media.pixels import load_pixels
@@ -19,6 +18,7 @@ from utils.data.values import Batch, Bucket
 from utils.diffusion.timesteps import TimestepDistribution
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.export import TrainingFacts, export_full
 
 BUCKET = Bucket(width=96, height=64, frames=1)
 CAPTION = "a cup of coffee on the table"

@@ -16,8 +16,8 @@ from models.flux.family import FluxOptions
 from models.flux.files import find_files
 from models.flux.networks import NETWORKS, VAE_SCALE, transformer_config
 from models.flux.tiny import VARIANTS, write_tiny
-from utils.checkpoints.tensor_files import TensorInfo
 from utils.errors import UserError
+from utils.weights.tensor_files import TensorInfo
 
 LAYOUTS = ("diffusers", "released", "comfy")
 

@@ -7,10 +7,10 @@ from models.common.tokens import pack, unpack
 from models.flux import Family
 from models.flux.layers import token_ids
 from tests.models.flux import reference
-from utils.checkpoints.weights import materialise
 from utils.data.encoders import EncodeItem
 from utils.draw import Draw
 from utils.pipeline.layer import Stream
+from utils.weights.named import materialise
 
 
 def opened(folder, variant: str, **options):

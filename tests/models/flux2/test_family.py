@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from models import load_family
 from tests.models.flux2 import reference
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
-from utils.checkpoints.weights import materialise
 from utils.data.values import Batch
 from utils.diffusion.timesteps import resolution_shift
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_files import read_adapter
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter, export_full
 from utils.pipeline.layer import Stream
+from utils.weights.named import materialise
 
 RANK, ALPHA = 4, 6.0
 FACTS = TrainingFacts(step=1, epoch=1, samples=2, learning_rate=1e-4, seed=0)

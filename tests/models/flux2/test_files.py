@@ -23,10 +23,10 @@ from models.flux2.encoder_keys import decoder_key_map, vae_key_map
 from models.flux2.files import find_files
 from models.flux2.keys import flux2_key_map
 from models.flux2.networks import NETWORKS, DecoderWeights
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import WeightSource
 from utils.config.schema import ModelOptions
 from utils.errors import UserError
+from utils.weights.named import WeightSource
+from utils.weights.tensor_files import TensorInfo
 
 LAYOUTS = ("diffusers", "released", "comfy")
 TEXT_FILES = {"flux2-dev": "mistral_3_small_flux2_bf16", "flux2-klein": "qwen_3_4b"}

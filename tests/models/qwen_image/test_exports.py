@@ -12,9 +12,9 @@ from models import load_family
 from models.qwen_image.files import VARIANTS
 from models.qwen_image.keys import EDIT_2511_MARK
 from tests.models.qwen_image import reference
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.export import TrainingFacts, export_full
 from utils.draw import Draw
+from utils.formats.adapter_files import read_adapter
+from utils.formats.export import TrainingFacts, export_full
 
 Family = load_family("qwen_image")
 FACTS = TrainingFacts(step=1, epoch=1, samples=1, learning_rate=1e-3, seed=0)

@@ -16,9 +16,9 @@ from models.qwen_image.files import VARIANTS, find_files
 from models.qwen_image.keys import LAYERED, qwen_key_map
 from models.qwen_image.networks import build_text_encoder
 from tests.models.qwen_image.test_keys import QWEN_2_5_VL_7B
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
+from utils.weights.named import WeightSource
+from utils.weights.tensor_files import TensorInfo
 
 LAYOUTS = ("diffusers", "released", "comfy")
 COMFY = {

@@ -11,7 +11,7 @@ from models.common.wan_vae import vae_key_map
 from models.qwen_image.keys import EDIT_2511_MARK, qwen_key_map, text_key_map
 from models.qwen_image.networks import build_text_encoder
 from models.qwen_image.sizes import TEXT_CONSTANTS, VISION_CONSTANTS
-from utils.checkpoints.weights import WeightSource
+from utils.weights.named import WeightSource
 
 QWEN_2_5_VL_7B = {
     "text_config": {

@@ -6,10 +6,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 from models.sd3 import Family
 from tests.models.sd3.reference import batch, plain_model, predict
-from utils.checkpoints.export import TrainingFacts, export_full
 from utils.data.values import Batch
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.export import TrainingFacts, export_full
 
 CLIP_L, CLIP_G = slice(0, 192), slice(192, 512)
 FACTS = TrainingFacts(step=1, epoch=1, samples=1, learning_rate=1e-3, seed=0)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from models.sd3 import sizes
 from models.sd3.keys import sd3_key_map
 from models.sd3.networks import Sd3Weights
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import check_names
+from utils.weights.named import check_names
+from utils.weights.tensor_files import TensorInfo
 
 TINY = {
     "num_layers": 3,

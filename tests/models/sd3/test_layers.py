@@ -5,10 +5,10 @@ import torch
 
 from models.sd3 import Family
 from tests.models.sd3.reference import batch, plain_model, predict
-from utils.checkpoints.weights import canonical_name, materialise
 from utils.draw import Draw
 from utils.pipeline.layer import Stream
 from utils.runtime import RuntimePolicy
+from utils.weights.named import canonical_name, materialise
 
 
 @pytest.fixture(scope="module", params=Family.variants)

@@ -10,10 +10,10 @@ from models.sdxl.tiny import CHECKPOINT, write_tiny
 from tests.distributed.engine_worker import perturbed
 from tests.models.sdxl import reference
 from utils.adapters.manager import AdapterManager, trainable_parameters
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.config.schema import AdapterConfig
 from utils.draw import Draw
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter, export_full
 from utils.pipeline.stage_weights import fill_stage
 
 FACTS = TrainingFacts(step=1, epoch=1, samples=1, learning_rate=1e-3, seed=0)

@@ -15,7 +15,7 @@ from models.sdxl.keys import UNET_PREFIX, open_clip_key_map, unet_key_map
 from models.sdxl.networks import NETWORKS, PREFIXES
 from models.sdxl.sizes import pooled_width, unet_config, vae_config
 from models.sdxl.tiny import tiny_model
-from utils.checkpoints.tensor_files import TensorInfo
+from utils.weights.tensor_files import TensorInfo
 
 REAL_UNET = {
     "block_out_channels": [320, 640, 1280],

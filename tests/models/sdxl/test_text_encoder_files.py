@@ -14,13 +14,13 @@ from models.sdxl.tiny import CHECKPOINT, write_tiny
 from tests.models.sdxl import reference
 from tests.models.sdxl.test_text_encoders import BOTH, CPU, LORA, ONE, TWO, family_of, filled, run
 from utils.adapters.manager import AdapterManager, MergedWeights, adaptable_modules, trainable_parameters
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.config.load import load_config
 from utils.config.schema import AdapterConfig
 from utils.data.encoders import EncodeItem
 from utils.draw import Draw
 from utils.errors import UserError
+from utils.formats.adapter_files import read_adapter
+from utils.formats.export import TrainingFacts, export_adapter, export_full
 
 FACTS = TrainingFacts(step=1, epoch=1, samples=1, learning_rate=1e-3, seed=0)
 SCALE = LORA["alpha"] / LORA["rank"]

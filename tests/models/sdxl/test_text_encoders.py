@@ -9,7 +9,6 @@ from models.sdxl.tiny import write_tiny
 from tests.distributed.engine_worker import perturbed
 from tests.models.sdxl import reference
 from utils.adapters.manager import AdapterManager, trainable_parameters
-from utils.checkpoints.weights import canonical_name, check_names
 from utils.config.schema import AdapterConfig
 from utils.data.encoders import EncodeItem
 from utils.data.values import Batch
@@ -17,6 +16,7 @@ from utils.draw import Draw
 from utils.errors import UserError
 from utils.pipeline.layer import Stream
 from utils.pipeline.stage_weights import fill_stage, names_of
+from utils.weights.named import canonical_name, check_names
 
 CPU = torch.device("cpu")
 ONE, TWO = {"text_encoder_1_lr": 1e-4}, {"text_encoder_2_lr": 2e-4}

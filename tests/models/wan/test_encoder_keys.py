@@ -13,7 +13,7 @@ from models.common.tiny import write_t5_tokenizer
 from models.wan.encoder_keys import clip_key_map, t5_key_map, vae_22_key_map, vae_key_map
 from models.wan.sizes import vae_config
 from models.wan.tiny import tiny_model
-from utils.checkpoints.tensor_files import TensorInfo
+from utils.weights.tensor_files import TensorInfo
 
 
 def shapes(state) -> dict[str, tuple[int, ...]]:

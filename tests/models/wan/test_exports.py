@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from models import load_family
 from tests.models.wan import reference
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
 from utils.draw import Draw, generator
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter, export_full
 
 RANK, ALPHA = 4, 6.0
 FACTS = TrainingFacts(step=3, epoch=1, samples=6, learning_rate=1e-4, seed=0)

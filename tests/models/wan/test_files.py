@@ -18,9 +18,9 @@ from models.wan.networks import NETWORKS
 from models.wan.options import WanOptions
 from models.wan.tiny import VARIANTS, write_tiny
 from models.wan.variants import expert_named
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
+from utils.weights.named import WeightSource
+from utils.weights.tensor_files import TensorInfo
 
 LAYOUTS = ("diffusers", "released", "comfy")
 

@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 
 from models.wan.keys import wan_key_map
-from utils.checkpoints.weights import WeightSource, check_names
+from utils.weights.named import WeightSource, check_names
 
 TINY = {
     "num_attention_heads": 2,

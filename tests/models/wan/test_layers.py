@@ -5,9 +5,9 @@ import torch
 
 from models import load_family
 from tests.models.wan import reference
-from utils.checkpoints.weights import materialise
 from utils.draw import Draw
 from utils.pipeline.layer import Stream
+from utils.weights.named import materialise
 
 CASES = {
     **{variant: (variant, {}) for variant in reference.PIPELINES},

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from models.wan.keys import wan_key_map
 from utils.adapters.manager import trainable_parameters
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter
-from utils.checkpoints.weights import WeightSource, save_safetensors
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter
+from utils.weights.named import WeightSource, save_safetensors
 
 TARGETS = r"blocks\.\d+\.(attn1\.to_q|ffn\.net\.2)"
 RANK, ALPHA = 3, 5

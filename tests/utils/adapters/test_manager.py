@@ -11,11 +11,11 @@ from torch import nn
 from models.wan.keys import wan_key_map
 from tests.utils.adapters.conftest import PEFT, RANK, TARGETS, model, output
 from utils.adapters.manager import AdapterManager, MergedWeights, adaptable_modules, trainable_parameters
-from utils.checkpoints.adapter_files import AdapterFile, read_adapter
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import canonical_name, materialise
 from utils.config.schema import AdapterConfig
 from utils.errors import UserError
+from utils.formats.adapter_files import AdapterFile, read_adapter
+from utils.weights.named import canonical_name, materialise
+from utils.weights.tensor_files import TensorInfo
 
 
 def read(path, source) -> AdapterFile:

@@ -13,12 +13,12 @@ from torch import nn
 
 from models.sd3.keys import sd3_key_map
 from utils.adapters.deltas import adapted
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.adapter_kinds import Adapter, factor_shapes, problem_of
-from utils.checkpoints.adapter_layouts import by_module, module_of, modules_of, unwritable
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Transform
 from utils.errors import UserError
+from utils.formats.adapter_files import read_adapter
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.adapter_kinds import Adapter, factor_shapes, problem_of
+from utils.formats.adapter_layouts import by_module, module_of, modules_of, unwritable
+from utils.weights.keymap import Fuse, KeyMap, Rename, Transform
 
 MODULES = ("to_q", "to_k", "to_v", "norm", "out", "conv")
 TABLE = KeyMap(

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from utils.checkpoints.adapter_kinds import Adapter, factor_shapes
-from utils.checkpoints.tensor_files import SafetensorsFile
 from utils.errors import UserError
+from utils.formats.adapter_kinds import Adapter, factor_shapes
+from utils.weights.tensor_files import SafetensorsFile
 
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 """The key under which diffusers saves PEFT's config in the file's metadata."""

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_files import ReadWeight
-from utils.checkpoints.adapter_format import ALPHA, MAGNITUDE, SCALE, LoraFormat
-from utils.checkpoints.adapter_kinds import Adapter, problem_of, with_comfy_scale
-from utils.checkpoints.adapter_layouts import by_module, join
-from utils.checkpoints.keymap import KeyMap, ModulePlace
+from utils.formats.adapter_files import ReadWeight
+from utils.formats.adapter_format import ALPHA, MAGNITUDE, SCALE, LoraFormat
+from utils.formats.adapter_kinds import Adapter, problem_of, with_comfy_scale
+from utils.formats.adapter_layouts import by_module, join
+from utils.weights.keymap import KeyMap, ModulePlace
 
 # Names under which interfaces show the kinds: sd-scripts' own network, and LyCORIS's with the algorithm in its arguments.
 _NETWORKS = {"lora": "networks.lora", "dora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya"}

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.checkpoints.adapter_format import ALPHA, ENDINGS, NO_ADAPTER, PATH_SPELLINGS, SCALE, Kind
-from utils.checkpoints.adapter_kinds import Adapter, problem_of, rank_of, with_peft_magnitude
-from utils.checkpoints.adapter_layouts import split
-from utils.checkpoints.keymap import KeyMap, ModulePlace
-from utils.checkpoints.peft_config import config_scale, peft_configs
-from utils.checkpoints.tensor_files import SafetensorsFile
 from utils.errors import UserError, listed
+from utils.formats.adapter_format import ALPHA, ENDINGS, NO_ADAPTER, PATH_SPELLINGS, SCALE, Kind
+from utils.formats.adapter_kinds import Adapter, problem_of, rank_of, with_peft_magnitude
+from utils.formats.adapter_layouts import split
+from utils.formats.peft_config import config_scale, peft_configs
+from utils.weights.keymap import KeyMap, ModulePlace
+from utils.weights.tensor_files import SafetensorsFile
 
 NAMED_PROBLEMS = 5
 

@@ -17,13 +17,13 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_files import ReadWeight, refuse
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.adapter_writing import trained_tensors, training_metadata
-from utils.checkpoints.keymap import KeyMap
-from utils.checkpoints.tensor_files import LENGTH_BYTES, SafetensorsFile
-from utils.checkpoints.weights import save_safetensors, verify_safetensors
 from utils.errors import UserError
+from utils.formats.adapter_files import ReadWeight, refuse
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.adapter_writing import trained_tensors, training_metadata
+from utils.weights.keymap import KeyMap
+from utils.weights.named import save_safetensors, verify_safetensors
+from utils.weights.tensor_files import LENGTH_BYTES, SafetensorsFile
 
 CHUNK_BYTES = 2**22
 # As long as the hash, which is of the tensors' bytes: they come after the header that holds it.

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from utils.checkpoints.disk import Disk
-from utils.checkpoints.tensor_files import SafetensorsFile
-from utils.checkpoints.weights import NamedWeights, save_safetensors
 from utils.errors import UserError
 from utils.topology import Topology
+from utils.weights.named import NamedWeights, save_safetensors
+from utils.weights.tensor_files import SafetensorsFile
 
 log = logging.getLogger(__name__)
 

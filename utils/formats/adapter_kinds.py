@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_format import DOWN, MAGNITUDE, PARTS_OF, SCALE, UP, Kind, Parts
+from utils.formats.adapter_format import DOWN, MAGNITUDE, PARTS_OF, SCALE, UP, Kind, Parts
 
 _NEEDED = {
     "lora": ((DOWN,), (UP,)),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename
-from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
+from utils.weights.keymap import Fuse, KeyMap, Rename
+from utils.weights.named import WeightSource
 
 KINDS = [torch.float8_e4m3fn, torch.float8_e5m2]
 ADVICE = r"use the model's bf16, fp16 or fp8 file"

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Transform
-from utils.checkpoints.weights import (
+from utils.errors import UserError
+from utils.weights.keymap import Fuse, KeyMap, Rename, Transform
+from utils.weights.named import (
     WeightSource,
     canonical_name,
     check_names,
@@ -25,7 +26,6 @@ from utils.checkpoints.weights import (
     save_safetensors,
     verify_safetensors,
 )
-from utils.errors import UserError
 
 MEBIBYTE = 2**20
 
@@ -179,8 +179,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from utils.checkpoints.keymap import KeyMap, Rename
-from utils.checkpoints.weights import WeightSource, materialise
+from utils.weights.keymap import KeyMap, Rename
+from utils.weights.named import WeightSource, materialise
 
 def kibibytes(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_files import AdapterKeys, place_of
-from utils.checkpoints.adapter_format import ALPHA, Kind, LoraFormat
-from utils.checkpoints.adapter_kinds import Adapter, problem_of
-from utils.checkpoints.keymap import KeyMap, Layout
-from utils.checkpoints.tensor_files import TensorInfo
-from utils.checkpoints.weights import WeightSource
 from utils.errors import UserError
+from utils.formats.adapter_files import AdapterKeys, place_of
+from utils.formats.adapter_format import ALPHA, Kind, LoraFormat
+from utils.formats.adapter_kinds import Adapter, problem_of
+from utils.weights.keymap import KeyMap, Layout
+from utils.weights.named import WeightSource
+from utils.weights.tensor_files import TensorInfo
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from utils.checkpoints.keymap import KeyMap, Layout, Source
-from utils.checkpoints.scaled_fp8 import with_scales
-from utils.checkpoints.tensor_files import (
+from utils.errors import UserError, listed
+from utils.weights.keymap import KeyMap, Layout, Source
+from utils.weights.scaled_fp8 import with_scales
+from utils.weights.tensor_files import (
     LENGTH_BYTES,
     OPENERS,
     SAFETENSORS_DTYPES,
@@ -23,7 +24,6 @@ from utils.checkpoints.tensor_files import (
     TensorInfo,
     open_tensor_file,
 )
-from utils.errors import UserError, listed
 
 Shape = Sequence[int]
 NAMED = 5

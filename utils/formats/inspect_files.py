@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from utils.checkpoints.adapter_files import NAMED_PROBLEMS, AdapterKeys, prefix_of, scale_of
-from utils.checkpoints.adapter_format import ALPHA
-from utils.checkpoints.adapter_kinds import Adapter, problem_of
-from utils.checkpoints.model_convert import leftover, marks_in
-from utils.checkpoints.peft_config import peft_configs
-from utils.checkpoints.recognise import (
+from utils.formats.adapter_files import NAMED_PROBLEMS, AdapterKeys, prefix_of, scale_of
+from utils.formats.adapter_format import ALPHA
+from utils.formats.adapter_kinds import Adapter, problem_of
+from utils.formats.model_convert import leftover, marks_in
+from utils.formats.peft_config import peft_configs
+from utils.formats.recognise import (
     FoundAdapter,
     FoundNetwork,
     KnownFamily,
@@ -19,7 +19,7 @@ from utils.checkpoints.recognise import (
     recognise_adapter,
     recognise_model,
 )
-from utils.checkpoints.tensor_files import SafetensorsFile, TensorInfo
+from utils.weights.tensor_files import SafetensorsFile, TensorInfo
 
 LAYOUTS = {
     "diffusion_model.": "comfy",

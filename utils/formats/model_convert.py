@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.checkpoints.export import PLACE_FOR_HASH, ReleasedTensors, on_meta, write_checked
-from utils.checkpoints.recognise import FoundNetwork, KnownFamily, OpenedWeights
-from utils.checkpoints.run_exports import WeightsOfFiles
-from utils.checkpoints.scaled_fp8 import with_scales
-from utils.checkpoints.tensor_files import OPENERS, TensorFile, TensorInfo, open_tensor_file
 from utils.errors import UserError
+from utils.formats.export import PLACE_FOR_HASH, ReleasedTensors, on_meta, write_checked
+from utils.formats.recognise import FoundNetwork, KnownFamily, OpenedWeights
+from utils.formats.run_exports import WeightsOfFiles
+from utils.weights.scaled_fp8 import with_scales
+from utils.weights.tensor_files import OPENERS, TensorFile, TensorInfo, open_tensor_file
 
 DIFFUSERS_FILE, ENCODER_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 """Of a diffusers model, and of a text or picture encoder, which is one of transformers."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.checkpoints.tensor_files import TensorFile, TensorInfo, own_memory
 from utils.errors import UserError, listed
+from utils.weights.tensor_files import TensorFile, TensorInfo, own_memory
 
 FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")

@@ -14,8 +14,8 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from utils.checkpoints.rules import Fuse, Rename, Rule, Source, Transform
 from utils.errors import listed
+from utils.weights.rules import Fuse, Rename, Rule, Source, Transform
 
 __all__ = ["Fuse", "KeyMap", "Layout", "ModulePlace", "Rename", "Rule", "Source", "Transform"]
 

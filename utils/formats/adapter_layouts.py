@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from utils.checkpoints.adapter_format import DOWN, MAGNITUDE, SCALE, UP, Kind, LoraFormat
-from utils.checkpoints.adapter_kinds import Adapter
-from utils.checkpoints.keymap import KeyMap, ModulePlace, Source
+from utils.formats.adapter_format import DOWN, MAGNITUDE, SCALE, UP, Kind, LoraFormat
+from utils.formats.adapter_kinds import Adapter
+from utils.weights.keymap import KeyMap, ModulePlace, Source
 
 _ROW_PARTS = (UP, SCALE, "hada_w1_a", "hada_w2_a")
 _COLUMN_PARTS = {"lora": (DOWN,), "dora": (DOWN,), "loha": ("hada_w1_b", "hada_w2_b", "hada_t1", "hada_t2")}

@@ -7,8 +7,8 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.checkpoints.keymap import Fuse, KeyMap, ModulePlace, Rename, Source, Transform
 from utils.errors import UserError
+from utils.weights.keymap import Fuse, KeyMap, ModulePlace, Rename, Source, Transform
 
 
 def swap_halves(tensor):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from utils.checkpoints.run_exports import RunExporter, Under
-from utils.checkpoints.weights import save_safetensors
 from utils.errors import UserError
+from utils.formats.run_exports import RunExporter, Under
 from utils.topology import Topology
+from utils.weights.named import save_safetensors
 
 WEIGHTS = {"transformer.a": torch.ones(2), "transformer_2.a": torch.full((3,), 2.0)}
 PARTS = {"_high_noise": "transformer.", "_low_noise": "transformer_2."}

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from utils.checkpoints.adapter_files import ReadWeight
-from utils.checkpoints.adapter_format import ALPHA, MAGNITUDE, SCALE, LoraFormat
-from utils.checkpoints.adapter_kinds import Adapter, strength_part, with_comfy_scale, with_peft_magnitude
-from utils.checkpoints.adapter_layouts import split
-from utils.checkpoints.adapter_writing import Placed, placed, without_alpha
-from utils.checkpoints.keymap import KeyMap, ModulePlace
-from utils.checkpoints.peft_config import DIFFUSERS_CONFIG
-from utils.checkpoints.recognise import KnownFamily
+from utils.formats.adapter_files import ReadWeight
+from utils.formats.adapter_format import ALPHA, MAGNITUDE, SCALE, LoraFormat
+from utils.formats.adapter_kinds import Adapter, strength_part, with_comfy_scale, with_peft_magnitude
+from utils.formats.adapter_layouts import split
+from utils.formats.adapter_writing import Placed, placed, without_alpha
+from utils.formats.peft_config import DIFFUSERS_CONFIG
+from utils.formats.recognise import KnownFamily
+from utils.weights.keymap import KeyMap, ModulePlace
 
 LayoutName = Literal["comfy", "diffusers", "kohya", "peft"]
 RECORD = "flowstage.before"

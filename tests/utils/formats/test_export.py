@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.wan.keys import wan_key_map
-from utils.checkpoints.adapter_files import read_adapter
-from utils.checkpoints.adapter_format import LoraFormat
-from utils.checkpoints.adapter_layouts import modules_of
-from utils.checkpoints.export import TrainingFacts, export_adapter, export_full
-from utils.checkpoints.keymap import Fuse, KeyMap, Rename, Transform
 from utils.errors import UserError
+from utils.formats.adapter_files import read_adapter
+from utils.formats.adapter_format import LoraFormat
+from utils.formats.adapter_layouts import modules_of
+from utils.formats.export import TrainingFacts, export_adapter, export_full
+from utils.weights.keymap import Fuse, KeyMap, Rename, Transform
 
 RANK, ALPHA = 4, 12.0
 WAN = LoraFormat(prefix="diffusion_model.", names="released")

@@ -1,0 +1,1 @@
+"""Files of other programs: adapters and whole models, recognised, read, written and converted."""
