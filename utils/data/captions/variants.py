@@ -118,13 +118,8 @@ def finished(text: str, settings: DatasetConfig) -> str:
 # ── what is encoded and shown ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def alternatives(sample: Sample) -> list[Sample]:
-    """The sample with each of the captions that training may show with it: what has to be encoded."""
-    return [with_caption(sample, text) for text in texts_of(sample)]
-
-
 def texts_of(sample: Sample) -> Iterable[str]:
-    """These captions, each once."""
+    """The captions that training may show with a sample, each once: what has to be encoded."""
     if not sample.captions and not sample.caption_dropout:
         return (sample.caption,)
     texts = dict.fromkeys(caption.text for caption in sample.captions) or {sample.caption: None}

@@ -18,7 +18,7 @@ from utils.data.batches.loader import BatchLoader
 from utils.data.batches.order import EpochOrder, MicroBatchPlan
 from utils.data.batches.workers import WorkerPool
 from utils.data.cache import BuildReport, DatasetCache, inputs_of
-from utils.data.captions.variants import alternatives, as_shown, first_caption, tags_in, variants, vary_tags
+from utils.data.captions.variants import as_shown, first_caption, tags_in, texts_of, variants, vary_tags, with_caption
 from utils.data.encoders import EncodeItem
 from utils.data.media.files import DataFile
 from utils.data.sources.scan import scan
@@ -30,7 +30,7 @@ def settings(**keys) -> DatasetConfig:
     return DatasetConfig(resolutions=[64], directory=[DirectoryConfig(path=Path("pictures"))], **keys)
 
 
-def texts_of(captions: str | list[Caption], item: str = "pictures/a.png", seed: int = 0, **keys) -> list[str]:
+def drawn_texts(captions: str | list[Caption], item: str = "pictures/a.png", seed: int = 0, **keys) -> list[str]:
     given = [Caption(captions)] if isinstance(captions, str) else captions
     return [caption.text for caption in variants(given, item, seed, settings(**keys))]
 
@@ -130,21 +130,21 @@ def test_captions_that_do_not_vary_are_the_variants():
 
 def test_variants_of_a_caption_that_varies():
     text = ", ".join("abcdefgh")
-    found = texts_of(text, shuffle_tags=True, keep_tokens=2, caption_variants=5)
+    found = drawn_texts(text, shuffle_tags=True, keep_tokens=2, caption_variants=5)
     assert len(set(found)) == 5
     assert all(entry.startswith("a, b, ") and sorted(entry.split(", ")) == [*"abcdefgh"] for entry in found)
-    assert texts_of(text, shuffle_tags=True, keep_tokens=2, caption_variants=5) == found
-    assert texts_of(text, shuffle_tags=True, keep_tokens=2, caption_variants=9)[:5] == found
-    assert not {*found} & {*texts_of(text, seed=1, shuffle_tags=True, keep_tokens=2)}
-    assert not {*found} & {*texts_of(text, item="pictures/b.png", shuffle_tags=True, keep_tokens=2)}
-    dropped = texts_of(text, tag_dropout=0.5, keep_tokens=1, trigger_word="h", caption_variants=20)
+    assert drawn_texts(text, shuffle_tags=True, keep_tokens=2, caption_variants=5) == found
+    assert drawn_texts(text, shuffle_tags=True, keep_tokens=2, caption_variants=9)[:5] == found
+    assert not {*found} & {*drawn_texts(text, seed=1, shuffle_tags=True, keep_tokens=2)}
+    assert not {*found} & {*drawn_texts(text, item="pictures/b.png", shuffle_tags=True, keep_tokens=2)}
+    dropped = drawn_texts(text, tag_dropout=0.5, keep_tokens=1, trigger_word="h", caption_variants=20)
     assert all({"a", "h"} <= {*entry.split(", ")} for entry in dropped)
     assert {len(entry.split(", ")) for entry in dropped} > {3, 4, 5}
 
 
 def test_all_texts_are_found_where_they_are_few():
-    assert {*texts_of("b, a", shuffle_tags=True, caption_variants=3)} == {"a, b", "b, a"}
-    assert {*texts_of("{1|2} {3|4}", caption_wildcards=True)} == {"1 3", "1 4", "2 3", "2 4"}
+    assert {*drawn_texts("b, a", shuffle_tags=True, caption_variants=3)} == {"a, b", "b, a"}
+    assert {*drawn_texts("{1|2} {3|4}", caption_wildcards=True)} == {"1 3", "1 4", "2 3", "2 4"}
     # How often each came up is its weight, and the weights are the caption's.
     [first, second] = variants([Caption("{9::a|b}", 2.0)], "x", 0, settings(caption_wildcards=True, caption_variants=100))
     assert (first.text, second.text, first.weight + second.weight) == ("a", "b", pytest.approx(2.0))
@@ -219,11 +219,11 @@ def test_captions_are_shown_at_their_weights_and_dropped_at_their_rate():
 def test_what_has_to_be_encoded():
     captions = (Caption("one"), Caption("two"))
     texts = [
-        [each.caption for each in alternatives(replace(SAMPLE, captions=given, caption_dropout=dropout))]
+        [*texts_of(replace(SAMPLE, captions=given, caption_dropout=dropout))]
         for given, dropout in (((), 0.0), ((), 0.1), (captions, 0.0), (captions, 0.1), ((*captions, Caption("")), 0.1))
     ]
     assert texts == [["first"], ["first", ""], ["one", "two"], ["one", "two", ""], ["one", "two", ""]]
-    assert alternatives(SAMPLE) == [SAMPLE]
+    assert [with_caption(SAMPLE, text) for text in texts_of(SAMPLE)] == [SAMPLE]
 
 
 # ── in a run ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,7 +263,7 @@ def test_every_text_is_encoded_once_and_equals_a_fresh_one(varied: Path, tmp_pat
     cache, report = build(tmp_path / "cache", samples, [text])
     assert [(part.total, part.encoded) for part in report.encoders] == [(len(every), len(every))]
     for sample in samples:
-        for each in alternatives(sample):
+        for each in (with_caption(sample, text) for text in texts_of(sample)):
             [fresh] = text.outputs([EncodeItem(each.key, caption=each.caption)])
             assert torch.equal(cache.read(each, [text])["text"], fresh["text"])
 
@@ -326,7 +326,7 @@ def test_a_run_shows_the_variants_of_each_place(varied: Path, tmp_path: Path):
     captions_of = [dict(pairs) for pairs in epochs]
     assert len({tuple(sorted(captions.items())) for captions in captions_of}) == len(epochs)
     seen = {(place.split("#")[0], caption) for pairs in epochs for place, caption in pairs}
-    assert seen == {(sample.key, each.caption) for sample in samples for each in alternatives(sample)}
+    assert seen == {(sample.key, text) for sample in samples for text in texts_of(sample)}
     # Resumed at any micro-batch, and without workers, it goes on with the same captions.
     for first in (0, 1, 7, shown.order.num_micro_batches(1) - 1):
         assert again(1, first) == epochs[1][2 * first :]
